@@ -1,9 +1,10 @@
-"""Is the work that is counted the work that is timed? Probes of one block each, beside plain forward passes.
+"""Does the counted work of probes in blocks agree with the measured time?
 
     python -m benchmarks.blocks [--out FILE]
 
 MiniLM's six layers, 8 texts of 32 tokens, adapters of rank 4 in the last three; 15 directions that move all of them,
-and 15 in three blocks. Both are timed in turn with plain forward passes of the half, one thread, the least of several.
+and 15 in three blocks. Both are timed in turn with plain forward passes of the half, with one thread; the minimum of
+several times counts.
 """
 
 from __future__ import annotations
@@ -32,18 +33,19 @@ RESULTS = Path(__file__).parent / "results"
 SAMPLES, TOKENS, DIRECTIONS, REPEATS = 8, 32, 15, 7
 
 
-def least_seconds(works: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """CPU seconds of each, taken in turn: the minimum of REPEATS runs."""
-    found = dict.fromkeys(works, float("inf"))
+def least_seconds(functions: dict[str, Callable[[], Any]]) -> dict[str, float]:
+    """Return the CPU seconds of each function: the minimum of REPEATS calls, in turns."""
+    least = dict.fromkeys(functions, float("inf"))
     for _ in range(REPEATS):
-        for name, once in works.items():
+        for name, function in functions.items():
             begin = time.process_time()
-            once()
-            found[name] = min(found[name], time.process_time() - begin)
-    return found
+            function()
+            least[name] = min(least[name], time.process_time() - begin)
+    return least
 
 
 def measure() -> dict[str, Any]:
+    """Return the rows: counted and timed work of rounds with one block and with three."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     model = pretrained_model(packaged_minilm(), "SequenceClassification")
@@ -52,11 +54,11 @@ def measure() -> dict[str, Any]:
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     labels = torch.zeros(SAMPLES, dtype=torch.int64)
     parameters, _ = trainable(half)
-    works: dict[str, Callable[[], Any]] = {}
+    functions: dict[str, Callable[[], Any]] = {}
     counted: dict[str, float] = {}
     with evaluating(half):
         multiplier = torch.randn_like(call(half, inputs))
-        works["a forward pass"] = lambda: call(half, inputs)
+        functions["a forward pass"] = lambda: call(half, inputs)
         for count in (1, 3):
             config = Config(directions_from="fresh", rule="adamw", directions=DIRECTIONS, blocks=count)
             begins: list[BlockEntry] = blocks_of(half, count, inputs)
@@ -69,23 +71,23 @@ def measure() -> dict[str, Any]:
                 client.answer(Multiplier(client=0, round=0, multiplier=multiplier))
 
             name = f"a round of {DIRECTIONS} directions" + (f" in {count} blocks" if count > 1 else "")
-            works[name] = probe
+            functions[name] = probe
             counts = [block.directions for block, _ in run.parts()]
             counted[name] = 1 + work(counts, [begin.share for begin in begins])
-        seconds = least_seconds(works)
-    one = seconds.pop("a forward pass")
-    rows = {name: {"counted": counted[name], "timed": s / one, "seconds": s} for name, s in seconds.items()}
-    return {"machine": {**machine(), "threads": 1}, "seconds of a pass": one, "rounds": rows}
+        seconds = least_seconds(functions)
+    one_pass = seconds.pop("a forward pass")
+    rows = {name: {"counted": counted[name], "timed": s / one_pass, "seconds": s} for name, s in seconds.items()}
+    return {"machine": {**machine(), "threads": 1}, "seconds of a pass": one_pass, "rounds": rows}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS / "blocks.json")
     options = parser.parse_args()
-    found = measure()
-    for name, row in found["rounds"].items():
+    result = measure()
+    for name, row in result["rounds"].items():
         print(f"{name}: {row['counted']:.2f} passes counted, {row['timed']:.2f} timed")
-    options.out.write_text(json.dumps(found, indent=1) + "\n")
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

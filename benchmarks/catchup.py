@@ -1,13 +1,13 @@
-"""`python -m benchmarks.catchup`: a client that missed 1,000 rounds, in one pass and in the peers' way.
+"""`python -m benchmarks.catchup`: how long a client takes that missed 1,000 rounds, compared with the peers' way.
 
     python -m benchmarks.catchup [--elements N] [--rounds R] [--threads N ...] [--out FOLDER]
 
 1,000 rounds of 5 directions over 20 million float32 weights: with `replay_`, and with `update_` and AdamW. The peers
 make each direction with `torch.randn` and add it: 5,000 passes; for AdamW they add into a gradient and take the
-optimizer's step once a round. That would take minutes to a quarter of an hour, so some passes are timed and the fastest
-counts for all of them; ours is timed whole, in a process of its own that also measures the peak of its resident set
-(Linux). Writes benchmarks/results/catchup-cpu.json; exits with 1 where `replay_` is not 100 times as fast or needs 1 MB
-or more.
+optimizer's step once a round. That would take up to a quarter of an hour, so only some passes are timed, and the
+fastest counts for all of them. Ours is timed as a whole, in a process of its own that also measures the peak of its
+resident set (Linux). Writes benchmarks/results/catchup-cpu.json. Exits with 1 if `replay_` is not 100 times as fast, or
+needs 1 MB or more.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ from hosfl.runs.report import machine
 RESULTS = Path(__file__).parent / "results"
 DIRECTIONS, RATE = 5, 1e-3
 TIMED_PASSES = 5  # of the peers' way
-LEAST_RATIO, MOST_EXTRA_BYTES = 100, 1_000_000
+MIN_RATIO, MAX_EXTRA_BYTES = 100, 1_000_000
 
 
-def rounds_of(rounds: int) -> tuple[Tensor, Tensor]:
-    """Seeds and coefficients [rounds, DIRECTIONS] of the records that were missed."""
+def missed_records(rounds: int) -> tuple[Tensor, Tensor]:
+    """Make random seeds and coefficients [rounds, DIRECTIONS] of the missed rounds."""
     generator = torch.Generator().manual_seed(0)
     seeds = torch.randint(0, 2**62, (rounds, DIRECTIONS), generator=generator)
     return seeds, torch.randn(rounds, DIRECTIONS, generator=generator) * RATE
 
 
 def replay(x: Tensor, rounds: int) -> Callable[[], None]:
-    seeds, coefficients = rounds_of(rounds)
+    seeds, coefficients = missed_records(rounds)
     return lambda: hk.replay_(x, seeds.flatten(), coefficients.flatten())
 
 
 def adamw(x: Tensor, rounds: int) -> Callable[[], None]:
     rule, moments = hk.AdamW(), [torch.zeros_like(x), torch.zeros_like(x)]
-    record = (*rounds_of(rounds), rule.steps(range(rounds), [RATE] * rounds))
+    record = (*missed_records(rounds), rule.steps(range(rounds), [RATE] * rounds))
     return lambda: hk.update_(x, moments, rule, *record)
 
 
@@ -62,43 +62,44 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def resident(name: str) -> int:
-    """VmRSS or VmHWM of this process, bytes."""
+    """Return VmRSS or VmHWM of this process, in bytes."""
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(name))
     return int(line.split()[1]) * 1024
 
 
 def measure_ours(name: str, elements: int, rounds: int) -> dict[str, Any]:
-    """One whole catch-up in this process: seconds, and how far the resident set rose above where it was."""
-    OURS[name](torch.zeros(1 << 18), rounds)()  # code and threads are there
+    """Measure a whole catch-up in this process: seconds, and the growth of the resident set."""
+    OURS[name](torch.zeros(1 << 18), rounds)()  # loads code and starts threads
     work = OURS[name](torch.randn(elements) * 0.02, rounds)
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
-    took = seconds(work)
-    return {"seconds": took, "peak_extra_bytes": resident("VmHWM") - before}
+    duration = seconds(work)
+    return {"seconds": duration, "peak_extra_bytes": resident("VmHWM") - before}
 
 
 def measure_peers(elements: int, rounds: int) -> dict[str, float]:
-    """Seconds of the peers' ways, from the fastest of some passes."""
+    """Estimate the seconds of the peers' ways from the fastest of some passes."""
     x = torch.nn.Parameter(torch.randn(elements) * 0.02)
     x.grad = torch.zeros(elements)
     optimizer = torch.optim.AdamW([x], lr=RATE)
-    added = min(seconds(lambda: x.grad.add_(torch.randn_like(x), alpha=RATE)) for _ in range(TIMED_PASSES))
-    stepped = min(seconds(optimizer.step) for _ in range(TIMED_PASSES))
-    return {"replay_": rounds * DIRECTIONS * added, "update_ AdamW": rounds * (DIRECTIONS * added + stepped)}
+    one_pass = min(seconds(lambda: x.grad.add_(torch.randn_like(x), alpha=RATE)) for _ in range(TIMED_PASSES))
+    step = min(seconds(optimizer.step) for _ in range(TIMED_PASSES))
+    return {"replay_": rounds * DIRECTIONS * one_pass, "update_ AdamW": rounds * (DIRECTIONS * one_pass + step)}
 
 
-def child(*arguments: object, threads: int) -> Any:
-    """What this module prints as JSON in a process of its own with so many threads."""
+def run_child(*arguments: object, threads: int) -> Any:
+    """Run this module in a process of its own with so many threads, and parse the JSON that it prints."""
     command = [sys.executable, "-m", "benchmarks.catchup", "--child", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     return json.loads(subprocess.run(command, check=True, env=environment, capture_output=True, text=True).stdout)
 
 
 def measure(elements: int, rounds: int, threads: int) -> list[dict[str, Any]]:
-    peers = child("peers", elements, rounds, threads=threads)
+    """Return a row for each of our ops, with its ratio to the peers' way."""
+    peers = run_child("peers", elements, rounds, threads=threads)
     rows = []
     for name in OURS:
-        row = {"name": name, "threads": threads, **child(name, elements, rounds, threads=threads)}
+        row = {"name": name, "threads": threads, **run_child(name, elements, rounds, threads=threads)}
         row |= {"peers_seconds": peers[name], "ratio": peers[name] / row["seconds"]}
         print(f"{name}, {threads} threads: {row['seconds']:.1f} s, {row['ratio']:.0f} x, {row['peak_extra_bytes']:,} B")
         rows.append(row)
@@ -115,8 +116,8 @@ def main() -> int:
     options = parser.parse_args()
     if options.child:
         name, elements, rounds = options.child[0], int(options.child[1]), int(options.child[2])
-        peers = name == "peers"
-        print(json.dumps(measure_peers(elements, rounds) if peers else measure_ours(name, elements, rounds)))
+        of_peers = name == "peers"
+        print(json.dumps(measure_peers(elements, rounds) if of_peers else measure_ours(name, elements, rounds)))
         return 0
     rows = [row for threads in options.threads for row in measure(options.elements, options.rounds, threads)]
     result = {"machine": machine(), "elements": options.elements, "rounds": options.rounds, "directions": DIRECTIONS}
@@ -124,7 +125,7 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "catchup-cpu.json").write_text(json.dumps(result, indent=1) + "\n")
     replayed = [row for row in rows if row["name"] == "replay_"]
-    good = all(r["ratio"] >= LEAST_RATIO and r["peak_extra_bytes"] < MOST_EXTRA_BYTES for r in replayed)
+    good = all(r["ratio"] >= MIN_RATIO and r["peak_extra_bytes"] < MAX_EXTRA_BYTES for r in replayed)
     return 0 if good else 1
 
 

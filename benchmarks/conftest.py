@@ -1,4 +1,4 @@
-"""Options of the suites, and the tensors they work on."""
+"""pytest options and fixtures of the suites: devices, sizes and models."""
 
 import json
 import math
@@ -18,13 +18,15 @@ def pytest_addoption(parser):
 
 
 def pytest_generate_tests(metafunc):
-    most = metafunc.config.getoption("--elements")
+    max_elements = metafunc.config.getoption("--elements")
     if "device" in metafunc.fixturenames:
         metafunc.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
     if "size" in metafunc.fixturenames:
-        metafunc.parametrize("size", [size for size in SIZES if size <= most] or [most], ids="{:,}".format)
+        metafunc.parametrize(
+            "size", [size for size in SIZES if size <= max_elements] or [max_elements], ids="{:,}".format
+        )
     if "model" in metafunc.fixturenames:
-        small = [name for name, shapes in LISTS.items() if sum(map(math.prod, shapes())) <= 2 * most]
+        small = [name for name, shapes in LISTS.items() if sum(map(math.prod, shapes())) <= 2 * max_elements]
         metafunc.parametrize("model", small or [next(iter(LISTS))])
 
 
@@ -35,7 +37,7 @@ def elements(request):
 
 @pytest.fixture(autouse=True)
 def saved(request, benchmark):
-    """Adds a row to --rows, also where what was measured breaks an assertion: extra_info, and the best time."""
+    """Append a row to --rows, also if an assertion about the measurement fails: extra_info, and the best time."""
     yield
     path = request.config.getoption("--rows")
     if path and benchmark.stats:

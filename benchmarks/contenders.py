@@ -1,4 +1,4 @@
-"""What the benchmarks compare: our kernels, the roof (plain memory traffic), and the peers' own code."""
+"""The implementations that the benchmarks compare: our kernels, the roof (plain memory traffic), the peers' code."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RECORDS, DIRECTIONS = 64, 5
 
 @dataclass(frozen=True)
 class Contender:
-    """One implementation to time. `move(x)` changes x in place, or rebinds x.data as MeZO does, or only reads x."""
+    """An implementation to time. `move(x)` changes x in place, rebinds x.data as MeZO does, or only reads x."""
 
     group: str
     name: str
@@ -31,7 +31,7 @@ def randn_add(x: Tensor) -> None:
 
 
 def mezo(x: Tensor) -> None:
-    """MeZO's perturbation, as in its trainer: a normal tensor, a product, a sum, and a new tensor in .data.
+    """MeZO's perturbation, as in its trainer: a normal tensor, a product, a sum, and a new tensor as .data.
 
     Source: Malladi et al., "Fine-Tuning Language Models with Just Forward Passes", NeurIPS 2023.
     """
@@ -45,7 +45,7 @@ def mezo_list(tensors: Sequence[Tensor]) -> None:
 
 
 def decomfl(tensors: Sequence[Tensor]) -> None:
-    """DeComFL's perturbation: all of it is generated before any of it is added.
+    """DeComFL's perturbation, which is generated as a whole before any of it is added.
 
     Source: Li et al., "Achieving Dimension-Free Communication in Federated Learning via Zeroth-Order Optimization",
     ICLR 2025, arXiv 2405.15861.
@@ -64,25 +64,25 @@ def randn_products(x: Tensor) -> list[Tensor]:
     return [torch.dot(x, torch.randn_like(x)) for _ in range(RECORDS)]
 
 
-def projecting(dist: str) -> Callable[[Tensor], object]:
+def project_with(dist: str) -> Callable[[Tensor], object]:
     seeds = list(range(RECORDS))
     return lambda x: hk.project(x, seeds, dist=dist)
 
 
-def replaying(dist: str) -> Callable[[Tensor], None]:
+def replay_with(dist: str) -> Callable[[Tensor], None]:
     seeds, coefficients = list(range(RECORDS)), [SCALE] * RECORDS
     return lambda x: hk.replay_(x, seeds, coefficients, dist=dist)
 
 
 def synchronized(call: Callable[[], object], device: str) -> Callable[[], None]:
-    """The call, followed on a GPU by a wait for all that it started."""
+    """Return a function that makes the call and, on a GPU, waits for all that it started."""
 
-    def waited() -> None:
+    def call_and_wait() -> None:
         call()
         if device == "cuda":
             torch.cuda.synchronize()
 
-    return waited
+    return call_and_wait
 
 
 def record_tensors(records: int) -> tuple[Tensor, Tensor]:
@@ -94,7 +94,7 @@ def op_name(op: str, dist: str, stochastic: bool = False) -> str:
 
 
 def with_isa(isa: str, move: Callable[[Tensor], object]) -> Callable[[Tensor], object]:
-    """`move` with the C++ kernels for another instruction set of this processor."""
+    """Return `move` with the C++ kernels for another instruction set of this processor."""
 
     def moved(x: Tensor) -> None:
         best = _cpp.isa()
@@ -117,11 +117,11 @@ CONTENDERS = [
     Contender("perturb", "hosfl Gaussian", lambda x: hk.perturb_(x, 1, SCALE, dist="gaussian")),
     Contender("perturb", "torch.randn + add_", randn_add),
     Contender("perturb", MEZO, mezo),
-    Contender(f"replay {RECORDS}", "hosfl Rademacher", replaying("rademacher")),
-    Contender(f"replay {RECORDS}", "hosfl Gaussian", replaying("gaussian")),
+    Contender(f"replay {RECORDS}", "hosfl Rademacher", replay_with("rademacher")),
+    Contender(f"replay {RECORDS}", "hosfl Gaussian", replay_with("gaussian")),
     Contender(f"replay {RECORDS}", RANDN_RECORDS, randn_records),
-    Contender(f"project {RECORDS}", "hosfl Rademacher", projecting("rademacher")),
-    Contender(f"project {RECORDS}", "hosfl Gaussian", projecting("gaussian")),
+    Contender(f"project {RECORDS}", "hosfl Rademacher", project_with("rademacher")),
+    Contender(f"project {RECORDS}", "hosfl Gaussian", project_with("gaussian")),
     Contender(f"project {RECORDS}", RANDN_PRODUCTS, randn_products),
 ]
 BFLOAT16 = [
@@ -140,7 +140,7 @@ FLOAT16 = [
     Contender("perturb float16", "hosfl Gaussian", lambda x: hk.perturb_(x, 1, SCALE, dist="gaussian")),
     Contender("perturb float16", MEZO, mezo),
 ]
-# Older instruction sets of a processor that has better ones.
+# For processors that have a newer instruction set: the kernels for an older one.
 OLDER_ISAS = [
     Contender(
         "perturb", f"hosfl {name} by {isa} alone", with_isa(isa, partial(hk.perturb_, seed=1, scale=SCALE, dist=dist))

@@ -1,14 +1,14 @@
-"""Ways to learn from forward passes on two real tasks: MeZO, `hosfl.optim`, and other rules for the size of a step.
+"""Optimizers with forward passes on two real tasks: MeZO, `hosfl.optim`, and other rules for the size of a step.
 
     python -m benchmarks.curves [--only digits sentences] [--jobs N] [--out FOLDER]
 
 *digits*: a perceptron from scratch. *sentences*: the last layer of MiniLM, pretrained (`benchmarks/sentences.py`).
-Every way without gradients evaluates the loss 8 times a step and takes the same number of steps on the same batches:
-4 directions from either side, or 7 from one side and the loss at the weights themselves. First-order SGD and Adam take
-as many steps. Rates are constant. Every way gets the same number of trials, rates spaced alike around one that a look
-at wider grids had found, on tuning seeds of their own; the lowest mean validation loss at the end wins. Then fresh
-seeds: validation losses on the way, test accuracy at the end. Test data is used for nothing else. A run that ends in
-numbers that are not finite is a failure and is kept.
+Every optimizer without gradients evaluates the loss 8 times a step, and takes the same number of steps on the same
+batches: 4 two-sided directions, or 7 one-sided ones and the loss at the weights themselves. First-order SGD and Adam
+take as many steps. Rates are constant. Every optimizer gets the same number of trials, on separate tuning seeds; their
+rates are equally spaced around one that was found on wider grids. The lowest mean validation loss at the end wins. The
+reported runs have other seeds: validation losses during the run, test accuracy at its end. Test data are used for
+nothing else. A run that ends in numbers that are not finite is a failure, and is kept.
 
 Writes optim-curves.json and optim.png into benchmarks/results.
 """
@@ -93,7 +93,7 @@ OPTIMIZERS: dict[str, Make] = {
 
 @dataclass(frozen=True)
 class Task:
-    """What is learned. rates: way -> the middle of its trials."""
+    """A model and its data. rates: by optimizer, the middle one of its trials."""
 
     model: Callable[[int], nn.Module]
     splits: Splits
@@ -112,6 +112,7 @@ def perceptron(seed: int) -> nn.Module:
 
 @cache
 def task(name: str) -> Task:
+    """Make a task by its name."""
     if name == "digits":
         rates = {
             "MeZO": 0.02,
@@ -142,33 +143,33 @@ def task(name: str) -> Task:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, data: Dataset) -> tuple[float, float]:
-    """Mean loss and accuracy."""
+    """Return mean loss and accuracy."""
     logits = torch.cat([model(x) for x in data.inputs.split(64)])
     return float(cross_entropy(logits, data.labels)), float((logits.argmax(1) == data.labels).double().mean())
 
 
-Job = tuple[str, str, float, int, bool]  # task, way, rate, seed, whether it is for the report
+Job = tuple[str, str, float, int, bool]  # task, optimizer, rate, seed, whether it is a final run (no trial)
 
 
 def run(job: Job) -> dict[str, Any]:
-    """A run: validation losses on the way (in a trial only the last), and for the report test loss and accuracy."""
+    """Train: validation losses during the run (a trial: only the last), and for a final run test loss and accuracy."""
     torch.set_num_threads(1)
     name, way, rate, seed, final = job
-    it = task(name)
-    model = it.model(seed)
+    learnt = task(name)
+    model = learnt.model(seed)
     optimizer = OPTIMIZERS[way](list(model.parameters()), rate, seed)
     batches = torch.Generator().manual_seed(seed)
-    train, every = it.splits.train, it.steps // 20
-    curve, failure, spent = [], None, 0.0
-    for step in range(it.steps + 1):
-        if step == it.steps or (final and step % every == 0):
-            curve.append((step, evaluate(model, it.splits.validation)[0]))
+    train, every = learnt.splits.train, learnt.steps // 20
+    curve, failure, seconds = [], None, 0.0
+    for step in range(learnt.steps + 1):
+        if step == learnt.steps or (final and step % every == 0):
+            curve.append((step, evaluate(model, learnt.splits.validation)[0]))
             if not math.isfinite(curve[-1][1]):
                 failure = f"step {step}: validation loss {curve[-1][1]}"
                 break
-        if step == it.steps:
+        if step == learnt.steps:
             break
-        chosen = torch.randint(len(train), (it.batch,), generator=batches)
+        chosen = torch.randint(len(train), (learnt.batch,), generator=batches)
         inputs, labels = train.inputs[chosen], train.labels[chosen]
 
         def loss(inputs: Tensor = inputs, labels: Tensor = labels) -> Tensor:
@@ -186,40 +187,40 @@ def run(job: Job) -> dict[str, Any]:
         except (FloatingPointError, LatticeError) as error:
             failure = f"step {step}: {error}"
             break
-        spent += time.perf_counter() - begin
+        seconds += time.perf_counter() - begin
     result: dict[str, Any] = {"rate": rate, "seed": seed, "failure": failure, "curve": curve}
     result["validation_loss"] = math.inf if failure else curve[-1][1]
-    result["seconds_per_step"] = spent / it.steps
+    result["seconds_per_step"] = seconds / learnt.steps
     if final and not failure:
-        result["test_loss"], result["test_accuracy"] = evaluate(model, it.splits.test)
+        result["test_loss"], result["test_accuracy"] = evaluate(model, learnt.splits.test)
     return result
 
 
 def study(name: str, jobs: int) -> dict[str, Any]:
-    """Tuning and the runs for the report of one task."""
-    it = task(name)  # the workers inherit it
+    """Run the trials and the final runs of one task."""
+    learnt = task(name)  # the workers inherit it
     with ProcessPoolExecutor(jobs, get_context("fork")) as pool:
 
-        def results(todo: list[Job], what: str) -> list[dict[str, Any]]:
-            return list(track(pool.map(run, todo), total=len(todo), description=f"{name}: {what}"))
+        def results(todo: list[Job], phase: str) -> list[dict[str, Any]]:
+            return list(track(pool.map(run, todo), total=len(todo), description=f"{name}: {phase}"))
 
         trials = [
             (name, way, middle * SPACING ** (i - TRIALS // 2), seed, False)
-            for way, middle in it.rates.items()
+            for way, middle in learnt.rates.items()
             for i in range(TRIALS)
-            for seed in it.tuning_seeds
+            for seed in learnt.tuning_seeds
         ]
-        tuned: dict[str, dict[float, list[float]]] = {way: {} for way in it.rates}
+        tuned: dict[str, dict[float, list[float]]] = {way: {} for way in learnt.rates}
         for job, result in zip(trials, results(trials, "trials"), strict=True):
             tuned[job[1]].setdefault(job[2], []).append(result["validation_loss"])
         best = {way: min(rates, key=lambda rate: mean(rates[rate])) for way, rates in tuned.items()}
-        final = [(name, way, rate, seed, True) for way, rate in best.items() for seed in it.seeds]
+        final = [(name, way, rate, seed, True) for way, rate in best.items() for seed in learnt.seeds]
         done = list(zip(final, results(final, "runs"), strict=True))
-    start = evaluate(it.model(it.seeds[0]), it.splits.test)
+    start = evaluate(learnt.model(learnt.seeds[0]), learnt.splits.test)
     return {
-        "weights": sum(p.numel() for p in it.model(0).parameters()),
-        "steps": it.steps,
-        "batch": it.batch,
+        "weights": sum(p.numel() for p in learnt.model(0).parameters()),
+        "steps": learnt.steps,
+        "batch": learnt.batch,
         "start": {"test_loss": start[0], "test_accuracy": start[1]},
         "ways": {
             way: {
@@ -227,16 +228,16 @@ def study(name: str, jobs: int) -> dict[str, Any]:
                 "trials": [{"rate": r, "validation_losses": losses} for r, losses in tuned[way].items()],
                 "runs": [result for job, result in done if job[1] == way],
             }
-            for way in it.rates
+            for way in learnt.rates
         },
     }
 
 
-# --- what is left behind -----------------------------------------------------------------------------------------
+# --- results -----------------------------------------------------------------------------------------------------
 
 
 def plot(tasks: dict[str, Any], path: Path) -> None:
-    """Validation loss against steps: the mean over the seeds that did not fail, and the band from best to worst."""
+    """Plot the validation loss by step: the mean over the seeds that did not fail, and a band from best to worst."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4), layout="constrained")
@@ -285,7 +286,7 @@ def main() -> None:
 
 
 def packages(name: str) -> dict[str, str]:
-    """Versions of the packages that the sentences come from."""
+    """Return the versions of the packages from which a task's data come."""
     if name == "digits":
         return {"scikit-learn": version("scikit-learn")}
     return {p: version(p) for p in ("scipy", "torch", "matplotlib", "scikit-learn", "transformers")}

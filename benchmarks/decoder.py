@@ -1,18 +1,18 @@
-"""A small decoder and what it has to learn, without a download: from what a function does, write its name.
+"""A small pretrained decoder and data for it, without a download: it learns to name a function from its description.
 
     python -m benchmarks.decoder --out runs/decoder
 
-Texts are the first paragraphs of docstrings, with the words of the function's or class's name, of numpy, scipy, torch,
+Texts are first paragraphs of docstrings, with the words of the function's or class's name, of numpy, scipy, torch,
 scikit-learn, matplotlib, transformers, pandas, sympy and networkx: the extras `studies` and `hf` install them. No
-paragraph occurs twice. Results name the packages' versions, for other versions have other texts.
+paragraph occurs twice. Results name the packages' versions, since other versions have other texts.
 
 The tokenizer is byte-level BPE. The decoder is a Llama of six layers, pretrained from random weights to continue a name
-with what the function does: "fft freq: Return the sample frequencies." Its task is the other way round: after the
-paragraph, "Return the sample frequencies. =>", come the words of the name, " fft freq". So the layers have to look
-for the name's words where they never looked before, which no output layer learns in their place.
+with the description of the function: "fft freq: Return the sample frequencies." The task is the reverse: after the
+description, "Return the sample frequencies. =>", come the words of the name, " fft freq". So the layers must attend to
+the name's words at positions where they never were in pretraining, and no output layer can learn that for them.
 
-Writes model/, a folder as transformers has them; data/, with {"prompt", "completion"} for the task `lm`; and
-about.json. Nothing is written before all is learnt. About 12 minutes on one core.
+Writes model/, a folder in transformers' format; data/, with {"prompt", "completion"} for the task `lm`; and about.json.
+Nothing is written before pretraining has ended, after about 12 minutes on one core.
 """
 
 from __future__ import annotations
@@ -45,8 +45,10 @@ END = "<end>"
 
 @dataclass(frozen=True)
 class Sizes:
-    """vocabulary: tokens. width, layers, heads: of the decoder. The others are of pretraining. length: tokens of a row.
-    batch: rows of a step. rate: the largest."""
+    """Sizes of the decoder and of its pretraining.
+
+    vocabulary: the number of tokens. length: tokens of a row. batch: rows of a step. rate: the largest one.
+    """
 
     vocabulary: int = 2000
     width: int = 128
@@ -59,7 +61,7 @@ class Sizes:
 
 
 class Function(NamedTuple):
-    """name: its words, lower case, with blanks between. text: what it does."""
+    """A function. name: its words in lower case, with blanks between. text: its description."""
 
     name: str
     text: str
@@ -68,8 +70,8 @@ class Function(NamedTuple):
 # --- texts --------------------------------------------------------------------------------------------------------
 
 
-def described(file: Path) -> Iterator[Function]:
-    """Functions and classes of a file whose docstring begins with 4 to 18 words, and whose name has 1 to 5."""
+def functions_of(file: Path) -> Iterator[Function]:
+    """Yield the functions and classes of a file whose first paragraph has 4 to 18 words, and whose name has 1 to 5."""
     for name, paragraph in first_paragraphs(file):
         text, words = " ".join(paragraph.split()), WORDS.findall(name)
         fits = 4 <= len(text.split()) <= 18 and 1 <= len(words) <= 5
@@ -78,56 +80,56 @@ def described(file: Path) -> Iterator[Function]:
 
 
 def functions(packages: Sequence[str] = PACKAGES) -> list[Function]:
-    """In an order that is the same for the same packages. No two texts have the same words and numbers in a row."""
-    found: dict[str, Function] = {}
+    """Return the functions of packages, shuffled, always in the same order. No two texts have the same words."""
+    by_words: dict[str, Function] = {}
     for package in packages:
         spec = find_spec(package)
         assert spec
         root = Path(spec.origin or "").parent
         for file in sorted(root.rglob("*.py")):
             if "test" not in str(file.relative_to(root)):
-                for function in described(file):
-                    found.setdefault(" ".join(re.findall(r"\w+", function.text.lower())), function)
-    order = list(found.values())
+                for function in functions_of(file):
+                    by_words.setdefault(" ".join(re.findall(r"\w+", function.text.lower())), function)
+    order = list(by_words.values())
     random.Random(0).shuffle(order)
     return order
 
 
-def parted(found: Sequence[Function], parts: dict[str, int]) -> dict[str, list[Function]]:
-    """The parts, and the rest, which is for pretraining. Raises ValueError if nothing is left for it."""
-    begin, chosen = 0, {}
-    if len(found) <= sum(parts.values()):
-        raise ValueError(f"{len(found)} functions are too few for the parts {parts}: name more packages")
-    for part, size in parts.items():
-        chosen[part], begin = list(found[begin : begin + size]), begin + size
-    return {**chosen, "pretraining": list(found[begin:])}
+def divide(functions: Sequence[Function], sizes: dict[str, int]) -> dict[str, list[Function]]:
+    """Divide functions into parts of these sizes, and "pretraining", the rest. Raises ValueError if that is empty."""
+    begin, parts = 0, {}
+    if len(functions) <= sum(sizes.values()):
+        raise ValueError(f"{len(functions)} functions are too few for the parts {sizes}: name more packages")
+    for part, size in sizes.items():
+        parts[part], begin = list(functions[begin : begin + size]), begin + size
+    return {**parts, "pretraining": list(functions[begin:])}
 
 
-def described_name(function: Function) -> str:
-    """What pretraining reads."""
+def pretraining_text(function: Function) -> str:
+    """Return the text of a function for pretraining."""
     return f" {function.name}: {function.text}"
 
 
 def sample(function: Function) -> dict[str, str]:
-    """What the task `lm` reads."""
+    """Return the sample of a function for the task `lm`."""
     return {"prompt": f"{function.text} =>", "completion": f" {function.name}"}
 
 
 # --- model --------------------------------------------------------------------------------------------------------
 
 
-def tokenizer_of(texts: Sequence[str], vocabulary: int) -> Any:
-    """Byte-level BPE: it knows every text. One token ends texts and fills rows."""
+def train_tokenizer(texts: Sequence[str], vocabulary: int) -> Any:
+    """Train a byte-level BPE tokenizer. One token both ends texts and is padding."""
     import tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    made = tokenizers.ByteLevelBPETokenizer()
-    made.train_from_iterator(texts, vocabulary, special_tokens=[END], show_progress=False)
-    return PreTrainedTokenizerFast(tokenizer_object=made._tokenizer, eos_token=END, pad_token=END)
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    bpe.train_from_iterator(texts, vocabulary, special_tokens=[END], show_progress=False)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token=END, pad_token=END)
 
 
-def rows_of(texts: Sequence[str], tokenizer: Any, length: int) -> Tensor:
-    """Texts behind one another, END before each: int64 [rows, length + 1]. What fills no last row is left out."""
+def pack_rows(texts: Sequence[str], tokenizer: Any, length: int) -> Tensor:
+    """Concatenate texts, END before each, and cut them into complete rows: int64 [rows, length + 1]."""
     ids = [token for text in tokenizer(list(texts))["input_ids"] for token in (tokenizer.eos_token_id, *text)]
     rows = len(ids) // (length + 1)
     return torch.tensor(ids[: rows * (length + 1)]).view(rows, length + 1)
@@ -141,12 +143,12 @@ def loss_of(model: Any, rows: Tensor) -> Tensor:
 @torch.no_grad()
 def perplexity(model: Any, rows: Tensor, batch: int) -> float:
     model.eval()
-    total = sum(float(loss_of(model, some)) * len(some) for some in rows.split(batch))
+    total = sum(float(loss_of(model, part)) * len(part) for part in rows.split(batch))
     return math.exp(total / len(rows))
 
 
-def pretrained(rows: Tensor, tokenizer: Any, sizes: Sizes) -> Any:
-    """A Llama that predicts next tokens. AdamW, whose rate rises over a twentieth of the steps and falls to 0."""
+def pretrain(rows: Tensor, tokenizer: Any, sizes: Sizes) -> Any:
+    """Train a Llama to predict next tokens, by AdamW; the rate rises over a twentieth of the steps and falls to 0."""
     from transformers import LlamaConfig, LlamaForCausalLM, get_cosine_schedule_with_warmup
 
     torch.manual_seed(0)
@@ -184,18 +186,18 @@ def pretrained(rows: Tensor, tokenizer: Any, sizes: Sizes) -> Any:
 
 
 def make(out: Path, packages: Sequence[str] = PACKAGES, parts: dict[str, int] = PARTS, sizes: Sizes = Sizes()) -> None:
-    """Writes model/, data/ and about.json into a folder."""
-    chosen = parted(functions(packages), parts)
-    texts = {name: [described_name(function) for function in some] for name, some in chosen.items()}
-    tokenizer = tokenizer_of(texts["pretraining"], sizes.vocabulary)
-    rows = {name: rows_of(texts[name], tokenizer, sizes.length) for name in ("pretraining", "held out")}
-    print({name: len(some) for name, some in chosen.items()}, f"{rows['pretraining'].numel()} tokens", flush=True)
+    """Write model/, data/ and about.json into a folder."""
+    divided = divide(functions(packages), parts)
+    texts = {name: [pretraining_text(function) for function in part] for name, part in divided.items()}
+    tokenizer = train_tokenizer(texts["pretraining"], sizes.vocabulary)
+    rows = {name: pack_rows(texts[name], tokenizer, sizes.length) for name in ("pretraining", "held out")}
+    print({name: len(part) for name, part in divided.items()}, f"{rows['pretraining'].numel()} tokens", flush=True)
     begun = time.perf_counter()
-    model = pretrained(rows["pretraining"], tokenizer, sizes)
+    model = pretrain(rows["pretraining"], tokenizer, sizes)
     seconds = time.perf_counter() - begun
     about = {
         "packages": {package: import_module(package).__version__ for package in (*packages, "tokenizers")},
-        "texts": {name: len(some) for name, some in chosen.items()},
+        "texts": {name: len(part) for name, part in divided.items()},
         "pretraining tokens": rows["pretraining"].numel(),
         "weights": sum(p.numel() for p in model.parameters()),
         "sizes": asdict(sizes),
@@ -204,7 +206,7 @@ def make(out: Path, packages: Sequence[str] = PACKAGES, parts: dict[str, int] = 
     }
     (out / "data").mkdir(parents=True, exist_ok=True)
     for part in ("train", "validation", "test"):
-        lines = [json.dumps(sample(function)) + "\n" for function in chosen[part]]
+        lines = [json.dumps(sample(function)) + "\n" for function in divided[part]]
         (out / "data" / f"{part}.jsonl").write_text("".join(lines))
     model.save_pretrained(out / "model")
     tokenizer.save_pretrained(out / "model")

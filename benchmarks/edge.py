@@ -1,10 +1,10 @@
-"""A client without torch beside one with torch, each alone in a process: memory, seconds of a round, what it installs.
+"""Clients without and with torch compared, each alone in a process: memory, seconds of a round, installed bytes.
 
     python -m benchmarks.edge [--out FILE] [--threads 1]
 
-The half is MiniLM's in shape, embeddings and three of its six layers, with random weights; rounds are of 16 texts of 64
-tokens. All of it moves, or some numbers per layer, by probes or a backward pass. Memory is the whole process's: its
-peak from start to end, and what it holds between rounds. The same asks, as bytes, go to every client.
+The half has MiniLM's shapes, embeddings and three of its six layers, with random weights; a round has 16 texts of 64
+tokens. All weights are trained, or some per layer, by probes or a backward pass. Memory is the whole process's: its
+peak from start to end, and its size between rounds. All clients get the same requests, as bytes.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ WAYS: dict[str, dict[str, Any]] = {
         "frozen": "int8",
     },
 }
-ROUNDS = 9  # of which the first warms up
-RUNTIMES = {"torch": "torch,nats", "onnx": "edge"}  # and the extras that their clients install
+ROUNDS = 9  # the first one warms up
+RUNTIMES = {"torch": "torch,nats", "onnx": "edge"}  # runtime -> the extras that its clients install
 
 
 def texts() -> Any:
-    """The task: what it learns does not matter."""
+    """Make the task, with random tokens: only its shapes matter."""
     import torch
     import transformers
 
@@ -60,33 +60,37 @@ def texts() -> Any:
     return hosfl.Task(lambda: transformers.BertForSequenceClassification(config), data, data, loss, at=3)
 
 
-def make(folder: Path, way: str) -> None:
-    """Write what a server offers, a client's samples, and the asks of some rounds."""
+def write_run(folder: Path, way: str) -> None:
+    """Write the files that a server offers, a client's samples, and the requests of some rounds."""
     from hosfl.protocol.messages import Hello, Invitation, Multiplier, encode, pack
     from hosfl.runs.assemble import assemble
     from hosfl.runs.config import Config
-    from hosfl.runs.serve import offered
+    from hosfl.runs.serve import offered_files
 
     settings: dict[str, Any] = {"clients": 1, "sampled": 1, "partition": "iid", "batch": TEXTS, **WAYS[way]}
     settings |= {"directions_from": "fresh", "server_rate": 0.1, "client_rate": 0.1}
     federation, task = assemble(Config(task=f"{Path(__file__).resolve()}:texts", **settings))
-    for name, data in offered(federation, edge=True).items():
+    for name, data in offered_files(federation, edge=True).items():
         (folder / name).write_bytes(data)
     train = task.train
     assert not isinstance(train, list)
     np.savez(folder / "own.npz", labels=train.labels.numpy(), **{k: v.numpy() for k, v in train.inputs.items()})
-    news = federation.server.welcome(Hello(client=0, round=0))
-    assert news is not None
-    id, chance = np.frombuffer(federation.id, np.uint8), np.random.default_rng(0)
+    update = federation.server.welcome(Hello(client=0, round=0))
+    assert update is not None
+    id, random = np.frombuffer(federation.id, np.uint8), np.random.default_rng(0)
     for round in range(ROUNDS):
-        multiplier = chance.standard_normal((TEXTS, TOKENS, WIDTH)).astype(np.float32)
-        asked = Multiplier(client=0, round=round, multiplier=multiplier)
-        (folder / f"cut-{round}").write_bytes(pack([encode(news), encode(Invitation(client=0, round=round, run=id))]))
-        (folder / f"scalars-{round}").write_bytes(pack([encode(asked)]))
+        multiplier = random.standard_normal((TEXTS, TOKENS, WIDTH)).astype(np.float32)
+        request = Multiplier(client=0, round=round, multiplier=multiplier)
+        invitation = Invitation(client=0, round=round, run=id)
+        (folder / f"cut-{round}").write_bytes(pack([encode(update), encode(invitation)]))
+        (folder / f"scalars-{round}").write_bytes(pack([encode(request)]))
 
 
-class Line:
-    """A line whose server is a folder. seconds: of every answer, by what was asked. between: memory after each."""
+class FolderLine:
+    """A `Line` whose server is a folder.
+
+    seconds: of every answer, by kind of request. between: resident bytes after each round.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -98,29 +102,29 @@ class Line:
 
     def serve(self, answer: Callable[[bytes], bytes]) -> None:
         for round in range(ROUNDS):
-            for what, seconds in self.seconds.items():
-                ask = (self.folder / f"{what}-{round}").read_bytes()
+            for kind, seconds in self.seconds.items():
+                request = (self.folder / f"{kind}-{round}").read_bytes()
                 begin = time.perf_counter()
-                answer(ask)
+                answer(request)
                 seconds.append(time.perf_counter() - begin)
             self.between.append(_resident("VmRSS"))
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing."""
 
 
-def _resident(what: str) -> int:
-    """Bytes, of the kernel's account of this process."""
-    (kilobytes,) = re.findall(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+def _resident(name: str) -> int:
+    """Return VmRSS or VmHWM of this process, in bytes."""
+    (kilobytes,) = re.findall(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     return 1024 * int(kilobytes)
 
 
 def client(runtime: str, folder: Path, threads: int) -> None:
-    """One client's process; prints what it took, as JSON."""
+    """Run one client in this process, and print its memory and seconds as JSON."""
     begin = time.perf_counter()
-    line, data = Line(folder), str(folder / "own.npz")
+    line, data = FolderLine(folder), str(folder / "own.npz")
     if runtime == "onnx":
-        sys.modules.update(torch=None, triton=None)  # type: ignore[arg-type]  # so that an import would fail
+        sys.modules.update(torch=None, triton=None)  # type: ignore[arg-type]  # makes imports of them fail
         from hosfl.edge.join import join as without_torch
 
         ready = time.perf_counter()
@@ -136,42 +140,43 @@ def client(runtime: str, folder: Path, threads: int) -> None:
                 "peak": _resident("VmHWM"),
                 "between": statistics.median(line.between),
                 "import": ready - begin,
-                "seconds": {what: statistics.median(seconds[1:]) for what, seconds in line.seconds.items()},
+                "seconds": {kind: statistics.median(seconds[1:]) for kind, seconds in line.seconds.items()},
             }
         )
     )
 
 
-def installed(extras: str) -> int:
-    """Bytes of hosfl with these extras and all that it requires, as they are installed here."""
+def installed_bytes(extras: str) -> int:
+    """Return the bytes of hosfl with these extras and all its requirements, as they are installed here."""
     from packaging.requirements import Requirement
 
-    waiting, seen, sizes = [Requirement(f"hosfl[{extras}]")], set[tuple[str, str]](), dict[str, int]()
-    while waiting:
-        wanted = waiting.pop()
-        key = wanted.name.lower(), " ".join(sorted(wanted.extras))
+    queue, seen, sizes = [Requirement(f"hosfl[{extras}]")], set[tuple[str, str]](), dict[str, int]()
+    while queue:
+        required = queue.pop()
+        key = required.name.lower(), " ".join(sorted(required.extras))
         if key in seen:
             continue
         seen.add(key)
         try:
-            found = metadata.distribution(wanted.name)
+            distribution = metadata.distribution(required.name)
         except metadata.PackageNotFoundError:
-            continue  # of another platform
-        places = (Path(str(file.locate())) for file in found.files or [])
-        sizes[key[0]] = sum(place.stat().st_size for place in places if place.is_file())
-        for line in found.requires or []:
+            continue  # required on another platform only
+        paths = (Path(str(file.locate())) for file in distribution.files or [])
+        sizes[key[0]] = sum(path.stat().st_size for path in paths if path.is_file())
+        for line in distribution.requires or []:
             other = Requirement(line)
-            if other.marker is None or any(other.marker.evaluate({"extra": e}) for e in ("", *wanted.extras)):
-                waiting.append(other)
+            if other.marker is None or any(other.marker.evaluate({"extra": e}) for e in ("", *required.extras)):
+                queue.append(other)
     return sum(sizes.values())
 
 
-def measured(threads: int) -> dict[str, Any]:
+def measure(threads: int) -> dict[str, Any]:
+    """Return a row for every way and runtime."""
     rows: dict[str, Any] = {}
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MALLOC_MMAP_THRESHOLD_": "65536"}
     for way in WAYS:
         with tempfile.TemporaryDirectory() as folder:
-            make(Path(folder), way)
+            write_run(Path(folder), way)
             for runtime in RUNTIMES:
                 command = [
                     sys.executable,
@@ -183,10 +188,10 @@ def measured(threads: int) -> dict[str, Any]:
                     "--threads",
                     str(threads),
                 ]
-                done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-                if done.returncode:
-                    sys.exit(done.stderr)
-                rows[f"{way}, {runtime}"] = row = json.loads(done.stdout.splitlines()[-1])
+                completed = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+                if completed.returncode:
+                    sys.exit(completed.stderr)
+                rows[f"{way}, {runtime}"] = row = json.loads(completed.stdout.splitlines()[-1])
                 print(f"{way}, {runtime}: {row}", flush=True)
     return rows
 
@@ -202,10 +207,10 @@ def main() -> None:
         return
     from hosfl.runs.report import machine
 
-    found = {"machine": machine(), "onnxruntime": metadata.version("onnxruntime")}
-    found |= {"installed": {runtime: installed(extras) for runtime, extras in RUNTIMES.items()}}
-    found["rows"] = measured(options.threads)
-    options.out.write_text(json.dumps(found, indent=1) + "\n")
+    result = {"machine": machine(), "onnxruntime": metadata.version("onnxruntime")}
+    result |= {"installed": {runtime: installed_bytes(extras) for runtime, extras in RUNTIMES.items()}}
+    result["rows"] = measure(options.threads)
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

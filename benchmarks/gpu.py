@@ -1,21 +1,21 @@
-"""The first hour on a new GPU in one command: are the bits right, and how fast is everything?
+"""Check and time everything on a new GPU, in one command.
 
     python -m benchmarks.gpu [--elements N] [--out FILE] [--quick]
     python -m benchmarks.gpu --sweep [--seconds N] [--elements N] [--out FILE] [--quick]
 
-Starts with the self-check, and measures nothing where a bit is wrong. Then a row each for: the roof (a copy, and `add_`
-per dtype), the peers' ways (torch.randn, MeZO's, `tl.randn` in a kernel of its own), every op of every backend on one
-large tensor, lists of tensors of LoRA's size and as models have them, a step of ZOSGD beside its forward passes, two
-that a CUDA graph replays, a client's probes beside theirs. What a call takes of the GPU's memory stands in its row.
-A row is printed and saved as it comes; one that fails is saved with its error, and the others go on. Exits with 1 if
-any failed.
+It begins with the self-check, and measures nothing if a bit is wrong. Then there is a row each for: the roof (a copy,
+and `add_` per dtype), the peers' ways (torch.randn, MeZO's, `tl.randn` in a kernel of its own), every op of every
+backend on one large tensor, lists of tensors of LoRA's size and with models' shapes, a step of ZOSGD and two steps that
+a CUDA graph replays, each with its ratio to the forward passes in it, and likewise a client's probes. A row also has
+the GPU memory of its call. Rows are printed and saved one by one; one that fails is saved with its error, and the
+others go on. Exits with 1 if any failed.
 
-Times are medians. On a GPU they are those of the device, between events; those of the host are named so. Without a GPU
-a clock times the C++ kernels: that tries this file out, and says nothing about a GPU. Sized for ten minutes of an H100.
+Times are medians. On a GPU they are the device's, between events, unless they are named the host's. Without a GPU a
+clock times the C++ kernels, which only tries this file out. It is sized for ten minutes of an H100.
 
---sweep measures something else: which shape of tile is fastest, kernel by kernel. See sweep.py.
+--sweep measures which shape of tile is fastest for each kernel instead. See sweep.py.
 
-Needs torch, numpy and this repository, and on a GPU triton: nothing else that `make bench` needs.
+Needs torch, numpy and this repository, and on a GPU triton, but nothing else that `make bench` needs.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ from hosfl_kernels.place import DISTRIBUTIONS, Place
 from hosfl_kernels.tensors import BACKENDS, DISPATCH, DTYPES
 
 if importlib.util.find_spec("safetensors") is None:
-    # A machine may be lent without it and without an index to install it from. hosfl reads and writes files with it,
-    # and none of those is touched here.
+    # A rented machine may be without it and without an index to install it from. hosfl needs it for files only, and
+    # none of those are used here.
     sys.modules["safetensors"] = sys.modules["safetensors.torch"] = MagicMock()
 
 from benchmarks import contenders
@@ -65,26 +65,28 @@ RECORDS, DIRECTIONS = 64, 5
 COPY = "copy float32"  # the roof
 TENSORS = (1, 64, 300)  # in a list
 BATCH, TOKENS = 8, 128
-SECONDS, LEAST, MOST = 1.0, 3, 20  # how long a call is timed, and how often at least and at most
+SECONDS, LEAST, MOST = 1.0, 3, 20  # the time for which a call is repeated, and the least and the most repetitions
 
 Row = dict[str, Any]
 
 
-# --- what is right, and where we are ------------------------------------------------------------------------------
+# --- the self-check and the machine -------------------------------------------------------------------------------
 
 
 def check() -> str | None:
-    """The self-check of every backend that this machine has: None, or what is wrong."""
+    """Run the self-check of every backend of this machine. Returns None, or what is wrong."""
     command = [sys.executable, "-m", "hosfl_kernels.check", f"--vectors={ROOT / 'tests' / 'noise_vectors.json'}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode == 0:
+    completed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if completed.returncode == 0:
         return None
-    wrong = [line for line in done.stdout.splitlines() if line.startswith("FAIL")]
-    return "\n".join([*wrong[:20], f"{len(wrong)} cases are wrong"]) if wrong else done.stdout + done.stderr
+    wrong = [line for line in completed.stdout.splitlines() if line.startswith("FAIL")]
+    if not wrong:
+        return completed.stdout + completed.stderr
+    return "\n".join([*wrong[:20], f"{len(wrong)} cases are wrong"])
 
 
 def driver() -> str | None:
-    """The version of the GPU's driver."""
+    """Return the version of the GPU's driver, or None."""
     try:
         return Path("/sys/module/nvidia/version").read_text().strip()
     except OSError:
@@ -92,7 +94,7 @@ def driver() -> str | None:
 
 
 def backends() -> list[str]:
-    """The backends to measure: those that run on the GPU if there is one, otherwise the C++ kernels."""
+    """Return the backends to measure: those that run on the GPU if there is one, otherwise the C++ kernels."""
     return [name for name in ("triton", "cuda") if BACKENDS[name].describe()] if CUDA else ["cpp"]
 
 
@@ -105,7 +107,7 @@ def synchronize() -> None:
 
 
 def seconds_of(call: Callable[[], object]) -> float:
-    """Seconds from the call to the end of what it started."""
+    """Time a call until the device has finished, in seconds."""
     synchronize()
     begin = time.perf_counter()
     call()
@@ -114,13 +116,13 @@ def seconds_of(call: Callable[[], object]) -> float:
 
 
 def repeats(call: Callable[[], object]) -> int:
-    """How often to time a call. Makes it twice, so that its kernel is compiled and its tables are cached."""
+    """Return how often to time a call. Calls it twice first, to compile its kernel and cache its tables."""
     call()
     return min(max(int(SECONDS / max(seconds_of(call), 1e-9)), LEAST), MOST)
 
 
 def milliseconds(call: Callable[[], object]) -> float:
-    """The median time on the device alone. On a GPU the calls queue behind a sleep, so that the host can run ahead."""
+    """Return the median time on the device. On a GPU the calls queue behind a sleep, so that the host can run ahead."""
     times = repeats(call)
     if not CUDA:
         return 1e3 * median(seconds_of(call) for _ in range(times))
@@ -136,24 +138,24 @@ def milliseconds(call: Callable[[], object]) -> float:
 
 
 def wall_milliseconds(call: Callable[[], object]) -> float:
-    """The median time of host and device together: what a caller waits for."""
+    """Return the median time of host and device together, for which a caller waits."""
     return 1e3 * median(seconds_of(call) for _ in range(repeats(call)))
 
 
 def host_microseconds(call: Callable[[], object]) -> float:
-    """The median time until the call returns; on the CPU that is the whole call."""
+    """Return the median time until the call returns; on the CPU that is the whole call."""
 
-    def one() -> float:
+    def time_once() -> float:
         synchronize()
         begin = time.perf_counter()
         call()
         return time.perf_counter() - begin
 
-    return 1e6 * median(one() for _ in range(repeats(call)))
+    return 1e6 * median(time_once() for _ in range(repeats(call)))
 
 
 def extra_bytes(call: Callable[[], object]) -> int | None:
-    """By how many bytes a call raises the peak of CUDA's allocator. None on the CPU."""
+    """Return the bytes by which a call raises the peak of CUDA's allocator; None on the CPU."""
     if not CUDA:
         return None
     synchronize()
@@ -192,7 +194,7 @@ class Rows:
         self.result["rows"].append(row)
         self.save()
         if CUDA and "failed" in row:
-            with suppress(Exception):  # after some errors of CUDA's every call is one
+            with suppress(Exception):  # after some CUDA errors every call fails
                 torch.cuda.empty_cache()
         figures = {k: v for k, v in row.items() if k not in ("group", "name") and v is not None}
         shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items())
@@ -200,7 +202,7 @@ class Rows:
         return row
 
     def finish(self) -> int:
-        """Mark the file complete. Returns how many rows failed."""
+        """Mark the file complete. Returns the number of rows that failed."""
         self.result["complete"] = True
         self.save()
         return sum("failed" in row for row in self.result["rows"])
@@ -211,7 +213,7 @@ def weights(n: int, dtype: torch.dtype) -> Tensor:
 
 
 def roof_rows(n: int) -> Iterator[tuple[str, Callable[[], Row]]]:
-    """(name, work): how fast memory is."""
+    """Yield (name, work) for the roof: the memory's bandwidth."""
 
     def copy() -> Row:
         x = weights(n, torch.float32)
@@ -228,9 +230,9 @@ def roof_rows(n: int) -> Iterator[tuple[str, Callable[[], Row]]]:
 
 
 def peer_rows(n: int) -> Iterator[tuple[str, Callable[[], Row]]]:
-    """(name, work): what others do in place of `perturb_`, on one tensor. None of their numbers are ours."""
+    """Yield (name, work) for the peers' ways to perturb one tensor. Their random numbers are not ours."""
 
-    def one(call: Callable[[Tensor], object], dtype: torch.dtype) -> Row:
+    def peer(call: Callable[[Tensor], object], dtype: torch.dtype) -> Row:
         x = weights(n, dtype)
         return bandwidth_row(lambda: call(x), 2 * x.nbytes)
 
@@ -240,7 +242,7 @@ def peer_rows(n: int) -> Iterator[tuple[str, Callable[[], Row]]]:
 
         ways |= {"tl.randn": lambda x: randn.add_(x, SCALE), "tl.randn4x": lambda x: randn.add_four_(x, SCALE)}
     for dtype, (name, call) in product((torch.float32, torch.bfloat16), ways.items()):
-        yield f"{name} {dtype_name(dtype)}", partial(one, call, dtype)
+        yield f"{name} {dtype_name(dtype)}", partial(peer, call, dtype)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -248,19 +250,19 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def bandwidth_row(call: Callable[[], object], nbytes: int) -> Row:
-    """Time a call that reads and writes so many bytes: a row with GB/s."""
+    """Time a call that reads and writes so many bytes, and return a row with GB/s."""
     ms = milliseconds(call)
     return {"ms": ms, "GB/s": nbytes / ms / 1e6, "extra_bytes": extra_bytes(call)}
 
 
 def draws_row(call: Callable[[], object], draws: int) -> Row:
-    """Time a call that draws so many random numbers: a row with picoseconds per number."""
+    """Time a call that draws so many random numbers, and return a row with picoseconds per number."""
     ms = milliseconds(call)
     return {"ms": ms, "ps_per_draw": 1e9 * ms / draws, "extra_bytes": extra_bytes(call)}
 
 
 def op_rows(backend: ModuleType, n: int) -> Iterator[tuple[str, Callable[[], Row]]]:
-    """(name, work) for every op of a backend, on n elements, on n / 8 where there are many records."""
+    """Yield (name, work) for every op of a backend, on n elements, or n / 8 if there are many records."""
     few = max(n // 8, 1)
     seeds, coefficients = list(range(RECORDS)), [SCALE] * RECORDS
 
@@ -307,7 +309,7 @@ def op_rows(backend: ModuleType, n: int) -> Iterator[tuple[str, Callable[[], Row
 
 
 def list_rows(width: int) -> Iterator[tuple[str, Callable[[], Row]]]:
-    """(name, work) for lists of tensors of LoRA's size, 8 x width, through the public functions and their checks."""
+    """Yield (name, work) for lists of tensors of LoRA's size, 8 x width, by the public functions with their checks."""
     seeds, coefficients = torch.arange(DIRECTIONS), torch.full((DIRECTIONS,), SCALE)
     calls: dict[str, Callable[[list[Tensor]], object]] = {
         "perturb_": lambda tensors: hk.perturb_(tensors, 1, SCALE),
@@ -323,23 +325,23 @@ def list_rows(width: int) -> Iterator[tuple[str, Callable[[], Row]]]:
         yield f"{many} x {name}", partial(both, call, many)
 
 
-def model_rows(most: int) -> Iterator[tuple[str, Callable[[], Row]]]:
-    """(name, work) for lists with the shapes of models, bfloat16, of so many numbers at most: ours and the peers'."""
+def model_rows(max_elements: int) -> Iterator[tuple[str, Callable[[], Row]]]:
+    """Yield (name, work) for bfloat16 lists with models' shapes, of at most so many elements: ours and the peers'."""
 
-    def one(shapes: Shapes, call: Callable[[list[Tensor]], object]) -> Row:
+    def move(shapes: Shapes, call: Callable[[list[Tensor]], object]) -> Row:
         tensors = [torch.zeros(shape, dtype=torch.bfloat16, device=DEVICE) for shape in shapes]
         row = bandwidth_row(lambda: call(tensors), 2 * sum(x.nbytes for x in tensors))
         return {**row, "host_us": host_microseconds(lambda: call(tensors))}
 
     for model, make in LISTS.items():
-        if sum(map(math.prod, shapes := make())) <= most:
+        if sum(map(math.prod, shapes := make())) <= max_elements:
             for name, call in contenders.LIST_CONTENDERS.items():
-                if "project" not in name:  # it moves nothing
-                    yield f"{model}: {name}", partial(one, shapes, call)
+                if "project" not in name:  # it writes no tensor
+                    yield f"{model}: {name}", partial(move, shapes, call)
 
 
 def transformer_layers(width: int, layers: int, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
-    """Transformer encoder layers in eval mode, and inputs [BATCH, TOKENS, width] for them."""
+    """Make transformer encoder layers in eval mode, and inputs [BATCH, TOKENS, width] for them."""
     torch.manual_seed(0)
     kind: dict[str, Any] = {"batch_first": True, "device": DEVICE, "dtype": dtype}
     heads = max(1, width // 64)
@@ -349,8 +351,8 @@ def transformer_layers(width: int, layers: int, dtype: torch.dtype) -> tuple[nn.
     return model, torch.randn(BATCH, TOKENS, width, device=DEVICE, dtype=dtype)
 
 
-def beside_forward(call: Callable[[], object], forward: Callable[[], object], passes: int, weights: int) -> Row:
-    """Time a call beside the forward passes that it makes, `passes` of them: a row with the ratio."""
+def compare_with_passes(call: Callable[[], object], forward: Callable[[], object], passes: int, weights: int) -> Row:
+    """Time a call, and the `passes` forward passes in it alone, and return a row with the ratio."""
     with torch.no_grad():
         alone, alone_bytes = wall_milliseconds(forward), extra_bytes(forward)
     ms = wall_milliseconds(call)
@@ -359,7 +361,7 @@ def beside_forward(call: Callable[[], object], forward: Callable[[], object], pa
 
 
 def step(dist: str, width: int, layers: int) -> Row:
-    """A step of ZOSGD, beside two forward passes of its model."""
+    """Time a step of ZOSGD, and the two forward passes in it."""
     model, inputs = transformer_layers(width, layers, torch.bfloat16)
     optimizer = ZOSGD(model.parameters(), 1e-6, dist=dist)
     count = sum(p.numel() for p in model.parameters())
@@ -367,11 +369,11 @@ def step(dist: str, width: int, layers: int) -> Row:
     def loss() -> Tensor:
         return model(inputs).float().square().mean()
 
-    return beside_forward(lambda: optimizer.step(loss), loss, 2, count)
+    return compare_with_passes(lambda: optimizer.step(loss), loss, 2, count)
 
 
 def as_cuda_graph(call: Callable[[], object]) -> Callable[[], object]:
-    """The call captured in a CUDA graph, as the function that replays it; without a GPU the call itself."""
+    """Capture a call in a CUDA graph, and return the function that replays it; without a GPU return the call."""
     if not CUDA:
         return call
     side = torch.cuda.Stream()
@@ -387,10 +389,12 @@ def as_cuda_graph(call: Callable[[], object]) -> Callable[[], object]:
 
 @torch.no_grad()
 def captured_step(rule: hk.AdamW | None, dist: str, width: int, layers: int) -> Row:
-    """A step whose seed and sizes lie on the device, in a CUDA graph, beside two forward passes and the same step call
-    by call: of a rule, or one move along the direction. Both must leave the same bits with seeds, and with a rule's
-    rates and bias corrections, that the graph was not captured with: of losses that are exact, since a matrix product
-    may be another kernel in a graph."""
+    """Time a step in a CUDA graph, the two forward passes in it, and the same step call by call.
+
+    Seed and step sizes lie on the device. rule: of the update; None: a move along the direction. First checks that
+    graph and calls leave the same bits for seeds, rates and bias corrections with which the graph was not captured. For
+    that the losses are exact, since a matrix product may be another kernel in a graph.
+    """
     model, inputs = transformer_layers(width, layers, torch.bfloat16)
     moved = list(model.parameters())
     seed, mu = torch.zeros(1, dtype=torch.int64, device=DEVICE), torch.full((1,), SCALE, device=DEVICE)
@@ -432,12 +436,12 @@ def captured_step(rule: hk.AdamW | None, dist: str, width: int, layers: int) -> 
     if not all(map(torch.equal, after(call), after(as_cuda_graph(call)))):
         raise RuntimeError("a step that a CUDA graph replays leaves other bits than the same step call by call")
     call = partial(step, loss)
-    row = beside_forward(as_cuda_graph(call), loss, 2, sum(w.numel() for w in moved))
+    row = compare_with_passes(as_cuda_graph(call), loss, 2, sum(w.numel() for w in moved))
     return {**row, "call_by_call_ms": wall_milliseconds(call)}
 
 
 def probes(in_place: bool, width: int, layers: int) -> Row:
-    """What a client computes in a round: the cut and DIRECTIONS one-sided probes, beside as many forward passes."""
+    """Time a client's round, the cut and DIRECTIONS one-sided probes, and as many forward passes."""
     half, inputs = transformer_layers(width, layers, torch.float32)
     parameters = trainable(half)[0]
     seeds, multiplier = list(range(DIRECTIONS)), torch.ones_like(inputs)
@@ -451,11 +455,11 @@ def probes(in_place: bool, width: int, layers: int) -> Row:
             return probe_untouched(half, inputs, multiplier, cut, seeds, mu, "rademacher")
 
         count = sum(p.numel() for p in parameters)
-        return beside_forward(answer, lambda: half(inputs), 1 + DIRECTIONS, count)
+        return compare_with_passes(answer, lambda: half(inputs), 1 + DIRECTIONS, count)
 
 
 def all_rows(n: int, width: int, layers: int) -> Iterator[tuple[str, str, Callable[[], Row]]]:
-    """(group, name, work) of every row. width, layers: of the model that a step moves; a client has an eighth of it."""
+    """Yield (group, name, work) of every row. width, layers: of an optimizer's model; a client has an eighth of it."""
     for name, work in roof_rows(n):
         yield "roof", name, work
     for name, work in peer_rows(n):
@@ -489,8 +493,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     begin = time.monotonic()
     if options.sweep and BACKENDS["triton"].describe() is None:
-        lacks = "Triton" if CUDA else "GPU"
-        print(f"no {lacks} here: TRITON_INTERPRET=1, --elements 5000 and --out try the sweep out", file=sys.stderr)
+        missing = "Triton" if CUDA else "GPU"
+        print(f"no {missing} here: TRITON_INTERPRET=1, --elements 5000 and --out try the sweep out", file=sys.stderr)
         return 1
     if not CUDA and options.out is None:
         parser.error("no GPU here: name a file with --out to try this out on the CPU")

@@ -1,21 +1,22 @@
-"""Everything that a new GPU is needed for, in one command: `make gpu`, or on a bare machine
+"""All checks and measurements that need a GPU, in one command: `make gpu`, or on a bare machine
 
     python benchmarks/gpu_session.py [--out FOLDER] [--minutes N] [--quick] [--no-install]
 
-which needs Python, numpy, torch, Triton, a C++ compiler and, to build with it, setuptools of any age and pybind11; its
-tests need pytest. It needs no index and no make. Its parts, one after another:
+which needs Python, numpy, torch, Triton, a C++ compiler and, to build, any setuptools and pybind11; its tests need
+pytest. It needs no package index and no make. Its parts, one after another:
 
-    install    the C++ kernels, built in place in this checkout, from which all parts import; nothing is fetched
-    nvcc       nvcc's kernels beside them, where there are nvcc and a GPU
+    install    the C++ kernels, built in place in this checkout, from which all parts import; nothing is downloaded
+    nvcc       nvcc's kernels in addition, if there are nvcc and a GPU
     bits       the self-check of every backend against the vectors
-    rows       python -m benchmarks.gpu: what every op costs, lists, steps, a step in a CUDA graph
+    rows       python -m benchmarks.gpu: times of every op, lists, steps, a step in a CUDA graph
     tests      the tests whose kernels run on a GPU
-    sanitizer  the self-check once more under compute-sanitizer, where it is there
-    sweep      python -m benchmarks.gpu --sweep, for the time that is left: which shapes of tiles are fastest
+    sanitizer  the self-check once more under compute-sanitizer, if it is installed
+    sweep      python -m benchmarks.gpu --sweep, for the remaining time: which shapes of tiles are fastest
 
-Every part has a log of its own in FOLDER, and its line in FOLDER/parts.json as it ends; the rows are saved one by one.
-So whatever cuts a session short, what was done is there. A part that fails or takes too long costs no other. Exits with
-1 if any failed. Without a GPU the same parts run in Triton's interpreter and by a clock: that tries this file out.
+Every part has its own log in FOLDER, and gets its line in FOLDER/parts.json when it ends; the rows are saved one by
+one. So an interrupted session keeps what was done. A part that fails or takes too long does not affect the others.
+Exits with 1 if any failed. Without a GPU the same parts run in Triton's interpreter and by a clock, which only tries
+this file out.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = [f"tests/test_{name}.py" for name in ("gpu_interpreter", "ops", "update", "register", "check")]
 CHECK = [sys.executable, "-m", "hosfl_kernels.check", "--vectors", "tests/noise_vectors.json"]
-# `setup.py build_ext --inplace`, but for pyproject.toml, which a setuptools of before 77 refuses for its license.
+# `setup.py build_ext --inplace` without pyproject.toml, whose license field setuptools before 77 refuses.
 BUILD = """
 import setuptools
 from distutils.core import run_setup
@@ -50,9 +51,10 @@ package.run_command("build_ext")
 
 @dataclass(frozen=True)
 class Part:
-    """A command, and how much of the session's time it may take. missing: what it needs and is not here.
+    """A command of the session.
 
-    ends: the command takes --seconds, and ends in order by then.
+    share: of the remaining time that it may take. missing: a requirement that this machine lacks. takes_seconds:
+    whether the command has an option --seconds, and ends by then.
     """
 
     name: str
@@ -60,25 +62,29 @@ class Part:
     share: float = 1.0
     missing: str = ""
     environment: dict[str, str] = field(default_factory=dict)
-    ends: bool = False
+    takes_seconds: bool = False
 
 
 def capability() -> str | None:
-    """The GPU's compute capability, such as "90", or None where there is none. As torch sees it, in a process of its
-    own: what CUDA takes of the GPU here would be gone for every part."""
+    """Return the GPU's compute capability, such as "90", or None without a GPU.
+
+    torch is asked in a process of its own: in this one CUDA would take GPU memory from every part.
+    """
     code = "import torch; print(*torch.cuda.get_device_capability() if torch.cuda.is_available() else (), sep='')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip() or None
+    completed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    return completed.stdout.strip() or None
 
 
 def parts(out: Path, quick: bool, install: bool) -> Iterator[Part]:
+    """Yield the parts of the session in order."""
     nvcc, sanitizer = shutil.which("nvcc"), shutil.which("compute-sanitizer")
     gpu = capability()
     if install:
         build = [sys.executable, "-c", BUILD]
         yield Part("install", build, 0.3)
-        # Apart, since an nvcc may be too old, or refuse the compiler: all else can do without. HOSFL_CUDA=1 is for the
-        # build alone, Triton's kernels serve the rows; for this GPU alone, since nvcc takes its time for each kind.
+        # A part of its own, since nvcc may be too old or refuse the compiler, and nothing else needs its kernels.
+        # HOSFL_CUDA=1 is set for the build only: the rows use Triton's kernels. Only for this GPU, since nvcc compiles
+        # every architecture anew.
         missing = "" if nvcc and gpu else "there is no nvcc on the path" if gpu else "there is no GPU"
         environment = {"HOSFL_CUDA": "1", **({"HOSFL_CUDA_ARCHITECTURES": gpu} if gpu else {})}
         yield Part("nvcc", build, 0.3, missing, environment)
@@ -92,29 +98,29 @@ def parts(out: Path, quick: bool, install: bool) -> Iterator[Part]:
     yield Part("sanitizer", [sanitizer or "", "--error-exitcode", "9", *CHECK], 0.7, missing)
     sweep = [sys.executable, "-m", "benchmarks.gpu", "--sweep", "--out", str(out / "sweep.json"), *["--quick"] * quick]
     if gpu:
-        yield Part("sweep", sweep, ends=True)
+        yield Part("sweep", sweep, takes_seconds=True)
     else:
-        tried_out = ["--elements", "1000", "--seconds", "120"]
-        yield Part("sweep", [*sweep, *tried_out], environment={"TRITON_INTERPRET": "1"})
+        small = ["--elements", "1000", "--seconds", "120"]
+        yield Part("sweep", [*sweep, *small], environment={"TRITON_INTERPRET": "1"})
 
 
 def run(part: Part, out: Path, seconds: float) -> dict[str, object]:
-    """What became of a part: "passed", "failed", "too long" or why it was left out.
+    """Run a part, and return its row: "passed", "failed", "too long", or why it was left out.
 
-    What takes too long is killed with all that it started: a child that is left would hold the GPU beside the next.
+    A part that takes too long is killed with all its child processes, which would otherwise keep the GPU busy.
     """
     if part.missing:
         return {"part": part.name, "result": f"left out: {part.missing}"}
     begin, log = time.monotonic(), out / f"{part.name}.log"
-    in_order = ["--seconds", str(0.9 * seconds)] if part.ends else []
+    limit = ["--seconds", str(0.9 * seconds)] if part.takes_seconds else []
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": path, **part.environment}
-    kept: dict[str, Any] = {"cwd": ROOT, "env": environment, "stderr": subprocess.STDOUT, "start_new_session": True}
+    options: dict[str, Any] = {"cwd": ROOT, "env": environment, "stderr": subprocess.STDOUT, "start_new_session": True}
     try:
-        with log.open("w") as file, subprocess.Popen([*part.command, *in_order], stdout=file, **kept) as process:
+        with log.open("w") as file, subprocess.Popen([*part.command, *limit], stdout=file, **options) as process:
             try:
                 status = process.wait(seconds)
-            except BaseException:  # Ctrl-C reaches this process alone
+            except BaseException:  # also KeyboardInterrupt: Ctrl-C reaches this process only
                 os.killpg(process.pid, signal.SIGKILL)
                 raise
         result = "failed" if status else "passed"
@@ -147,13 +153,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def end_in_order() -> None:
-    """SIGTERM and a closed terminal end the session as Ctrl-C does: through `run`, which ends the part."""
+def exit_on_signals() -> None:
+    """Make SIGTERM and a closed terminal end the session as Ctrl-C does, so that `run` kills the current part."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:  # not under nohup
             signal.signal(number, lambda number, _: sys.exit(128 + number))
 
 
 if __name__ == "__main__":
-    end_in_order()
+    exit_on_signals()
     sys.exit(main())

@@ -1,9 +1,9 @@
-"""Two liars among ten clients on digits: what every lie costs, under the settings that are to hold it. One table.
+"""Two liars among ten clients on digits: the effect of every lie, with the settings that limit it.
 
     python -m benchmarks.liars [--jobs N] [--out FILE] [--set NAME=VALUE ...]
 
-All ten take part in every round. A lie is one of `hosfl.runs.faults.LIES`. The clients' data are unlike, as digits has
-them by default, or alike. --set: of any setting of Config, for all runs.
+All ten take part in every round. A lie is one of `hosfl.runs.faults.LIES`. The clients' data differ by class ("unlike",
+the default of digits) or are alike. --set: any setting of Config, for all runs.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
 DATA: dict[str, dict[str, Any]] = {"unlike": {}, "alike": {"partition": "iid"}}
 HONEST = "none"
 
-Job = tuple[str, str, str, int, dict[str, Any]]  # names in DATA and SETTINGS, lies, seed, what all have in common
+Job = tuple[str, str, str, int, dict[str, Any]]  # names in DATA and SETTINGS, lies, seed, common settings
 
 
 def run(job: Job) -> dict[str, Any]:
-    """One run's accuracy and loss on test data, None where it diverges, and how many messages the server refused."""
+    """Run once: accuracy and loss on test data, and the number of refused messages; None for all if it diverges."""
     torch.set_num_threads(1)
     data, name, lies, seed, common = job
     config = Config(**{**common, **DATA[data], **SETTINGS[name]}, seed=seed, evaluate_every=common["rounds"])
@@ -58,6 +58,7 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def setting(text: str) -> tuple[str, Any]:
+    """Parse NAME=VALUE: (name, value of the setting's type)."""
     name, _, value = text.partition("=")
     if name not in Config.names():
         raise argparse.ArgumentTypeError(f"{name!r} is no setting: NAME=VALUE, NAME one of {', '.join(Config.names())}")
@@ -71,16 +72,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--set", type=setting, nargs="*", default=[], metavar="NAME=VALUE")
     options = parser.parse_args(arguments)
     common = COMMON | dict(options.set)
-    told = (HONEST, *LIES)
-    jobs: list[Job] = [(*which, common) for which in itertools.product(DATA, SETTINGS, told, SEEDS)]
+    jobs: list[Job] = [(*names, common) for names in itertools.product(DATA, SETTINGS, (HONEST, *LIES), SEEDS)]
     with ProcessPoolExecutor(options.jobs) as pool:
         done = list(track(pool.map(run, jobs), total=len(jobs), description="runs"))
     rows: dict[str, dict[str, dict[str, list[dict[str, Any]]]]] = {}
     for (data, name, lies, *_), result in zip(jobs, done, strict=True):
         rows.setdefault(data, {}).setdefault(lies, {}).setdefault(name, []).append(result)
-    settings = {name: common | mine for name, mine in SETTINGS.items()}
-    found = {"machine": machine(), "seeds": SEEDS, "liars": LIARS, "settings": settings, "rows": rows}
-    options.out.write_text(json.dumps(found, indent=1) + "\n")
+    settings = {name: common | own for name, own in SETTINGS.items()}
+    result = {"machine": machine(), "seeds": SEEDS, "liars": LIARS, "settings": settings, "rows": rows}
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""MeZO's trainer in plain torch: the baseline of the optimizers.
+"""MeZO's trainer in plain torch, a baseline of the optimizers: SGD without weight decay.
 
-Its three methods under their own names, with the memory traffic of the original: every move makes a normal tensor
-again from the seed, and a new tensor in `.data`. SGD without weight decay.
+Its three methods have their original names and memory traffic: every perturbation generates a normal tensor from the
+seed again, and makes a new tensor for `.data`.
 Source: Malladi et al., "Fine-Tuning Language Models with Just Forward Passes", NeurIPS 2023, arXiv 2305.17333.
 """
 
@@ -18,8 +18,8 @@ LARGEST_SEED = 1_000_000_000
 class MeZO:
     """th = th - lr * (1 / P) sum_p v_p z_p, v_p = (loss(th + eps z_p) - loss(th - eps z_p)) / (2 eps), z normal.
 
-    Takes what `hosfl.optim.ZOSGD` takes: parameters, lr, the distance, directions P, a seed; `step(closure)` returns
-    the mean of the losses.
+    It takes the arguments of `hosfl.optim.ZOSGD`: parameters, lr, the distance eps, directions P, a seed.
+    `step(closure)` returns the mean of the losses.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class MeZO:
             p.data = p.data + scaling_factor * self._normal(p) * self.eps
 
     def zo_step(self, closure: Callable[[], Tensor], seed: int) -> tuple[float, float]:
-        """The mean loss and v along z(seed); the weights end where they began, up to rounding."""
+        """Return the mean loss and v along z(seed). The weights are restored, up to rounding."""
         self.zo_perturb_parameters(seed, 1)
         plus = float(closure())
         self.zo_perturb_parameters(seed, -2)
@@ -52,11 +52,12 @@ class MeZO:
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor]) -> float:
+        """Measure along P directions, and update. Returns the mean loss."""
         seeds = torch.randint(LARGEST_SEED, (self.directions,), generator=self.seeds).tolist()
-        measured = [(seed, *self.zo_step(closure, seed)) for seed in seeds]
-        for seed, _, projected_grad in measured:
+        measurements = [(seed, *self.zo_step(closure, seed)) for seed in seeds]
+        for seed, _, projected_grad in measurements:
             self.zo_update(seed, projected_grad / self.directions)
-        return sum(loss for _, loss, _ in measured) / self.directions
+        return sum(loss for _, loss, _ in measurements) / self.directions
 
     @staticmethod
     def _normal(p: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
-"""`make bench`: every op by size and dtype, and lists as models have them, beside the roof and the peers.
+"""`make bench`: every op by size and dtype, and lists with models' shapes, compared with the roof and the peers.
 
     python -m benchmarks.ops [--elements N] [--threads N ...] [--out FOLDER]
 
-Runs test_ops.py with each number of threads, writes ops-cpu.json (ops-cuda.json where there is a GPU) and draws
-ops-cpu.png: how many bytes a second each way moves, with the roof. Best of the rounds.
+Runs test_ops.py with each number of threads, writes ops-cpu.json (ops-cuda.json on a GPU) and draws ops-cpu.png: the
+bytes per second of each way, with the roof. The best of the rounds counts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from benchmarks.contenders import DECOMFL, LIST_ROOF, MEZO, ROOF
 from benchmarks.report import add_ratios, collect_rows, parse_options, write
 from hosfl.runs.report import save_figure
 
-# The ways of the figure: what they are called there, and their colors.
+# The contenders of the figure, with their labels and colors.
 ADD = ("torch's add, the roof", "black")
 OURS = {
     "hosfl perturb_ rademacher": ("hosfl Rademacher", "tab:blue"),
@@ -31,9 +31,10 @@ DTYPES = ("float32", "bfloat16")
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Above by the size of one tensor, below by list. Of one device, and of the runs with the fewest threads.
+    """Plot bytes per second: above by the size of one tensor, below by list.
 
-    The roof of one tensor is that of the tables: of as many bytes, whichever type torch is fastest in.
+    rows: of one device; those with the smallest number of threads are plotted. The roof of one tensor is that of the
+    tables: torch's fastest dtype, for as many bytes.
     """
     fewest = min(r["threads"] for r in rows)
     speed: dict[tuple[str, str, str], float] = {}

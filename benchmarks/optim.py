@@ -1,15 +1,15 @@
-"""`make bench`, second half: what a step of `hosfl.optim` costs beside MeZO's, and what bfloat16 keeps of small steps.
+"""`make bench`: a step of `hosfl.optim` compared with MeZO's, and the share of small steps that bfloat16 keeps.
 
     python -m benchmarks.optim [--only overhead memory bfloat16] [--threads N ...] [--out FOLDER]
 
-A float32 transformer of 60 million weights, 169 tensors, on the CPU. *overhead*: seconds of a step, less two forward
-passes of one token timed alone just before it; the ways take turns within one process per number of threads, medians.
-The same with a closure that returns constants. *memory*: how far two steps raise the resident set, a process per way
-(Linux). *bfloat16*: steps of lr * v = 1e-6 on bfloat16 weights of sizes 0.02 to 1, and the share of them that arrives:
-sum(change * steps) / sum(steps^2).
+A float32 transformer of 60 million weights, 169 tensors, on the CPU. *overhead*: seconds of a step without its two
+forward passes, which are timed alone just before it, of one token; and seconds of a step whose closure returns
+constants. Optimizers take turns in one process per number of threads; medians. *memory*: the growth of the resident set
+in two steps, in a process per optimizer (Linux). *bfloat16*: steps of lr * v = 1e-6 on bfloat16 weights of sizes 0.02
+to 1, and the share of them that arrives: sum(change * steps) / sum(steps^2).
 
-Writes the parts that ran into benchmarks/results/optim-cpu.json; exits with 1 where a Rademacher step takes more than
-1/20 of MeZO's overhead or 1 MB, or where bfloat16 misses 1 by more than 5 %.
+Writes the parts that ran into benchmarks/results/optim-cpu.json. Exits with 1 if a Rademacher step takes more than 1/20
+of MeZO's overhead, or 1 MB, or if bfloat16 misses a share of 1 by more than 5 %.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from hosfl.runs.report import machine
 
 RESULTS = Path(__file__).parent / "results"
 PARTS = ("overhead", "memory", "bfloat16")
-LEAST_RATIO, MOST_EXTRA_BYTES, MOST_LOST = 20, 1_000_000, 0.05
+MIN_RATIO, MAX_EXTRA_BYTES, MAX_LOST = 20, 1_000_000, 0.05
 
 
 class Extent(NamedTuple):
-    """How large the model is, how often its steps are timed, and on how many weights how many small steps are taken."""
+    """The sizes of the benchmark: of the model; rounds of timed steps; weights and steps of the part bfloat16."""
 
     vocabulary: int = 32_000
     width: int = 512
@@ -83,14 +83,15 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
 
 
 def model_and_forward(vocabulary: int, width: int, layers: int) -> tuple[Transformer, Callable[[], Tensor]]:
+    """Make a model, and a function that runs a forward pass of it."""
     torch.manual_seed(0)
     model = Transformer(vocabulary, width, layers).eval()
-    ids = torch.ones(1, 1, dtype=torch.int64)  # one token: the weights are read, and little else
+    ids = torch.ones(1, 1, dtype=torch.int64)  # of one token, a pass takes little more than reading the weights
     return model, lambda: model(ids)
 
 
 def constant_loss(module: nn.Module, weight: str, plus: float, minus: float) -> Callable[[], float]:
-    """A closure whose derivative is not 0, without a forward pass; it reads one weight, as optimizers ask of it."""
+    """Return a closure of constant losses with a derivative other than 0. It reads a weight, as optimizers require."""
     losses = itertools.cycle([plus, minus])
 
     def loss() -> float:
@@ -100,12 +101,12 @@ def constant_loss(module: nn.Module, weight: str, plus: float, minus: float) -> 
     return loss
 
 
-# --- in a process of their own -----------------------------------------------------------------------------------
+# --- measured in a process of its own ----------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def overhead(vocabulary: int, width: int, layers: int, rounds: int) -> list[dict[str, Any]]:
-    """Per way: seconds of the first step, of later ones less their forward passes, and of ones with a constant loss."""
+    """Return a row per optimizer: seconds of a step without its passes, with constant losses, and of the first one."""
     ways = {}
     for name, make in OPTIMIZERS.items():
         model, forward = model_and_forward(vocabulary, width, layers)
@@ -118,8 +119,8 @@ def overhead(vocabulary: int, width: int, layers: int, rounds: int) -> list[dict
         for name, (optimizer, forward, constant) in ways.items():
             alone = min(seconds(forward) for _ in range(2))
             with_forward = seconds(lambda o=optimizer, f=forward: o.step(f))  # type: ignore[misc]
-            bare = seconds(lambda o=optimizer, c=constant: o.step(c))  # type: ignore[misc]
-            times[name].append((with_forward - 2 * alone, bare, alone))
+            without_forward = seconds(lambda o=optimizer, c=constant: o.step(c))  # type: ignore[misc]
+            times[name].append((with_forward - 2 * alone, without_forward, alone))
     adding = min(seconds(lambda: [p.add_(0.0) for p in model.parameters()]) for _ in range(5))
     return [
         {
@@ -134,9 +135,9 @@ def overhead(vocabulary: int, width: int, layers: int, rounds: int) -> list[dict
 
 
 def memory(vocabulary: int, width: int, layers: int, name: str) -> int:
-    """Bytes that the first two steps raised the resident set by."""
+    """Return the bytes by which the first two steps raise the resident set."""
     small, forward_small = model_and_forward(64, 64, 1)
-    OPTIMIZERS[name](small).step(forward_small)  # code and threads are there
+    OPTIMIZERS[name](small).step(forward_small)  # loads code and starts threads
     model, forward = model_and_forward(vocabulary, width, layers)
     with torch.no_grad():
         forward()
@@ -152,7 +153,7 @@ def memory(vocabulary: int, width: int, layers: int, name: str) -> int:
 
 
 class Weights(nn.Module):
-    """n weights of sizes log-uniform from 0.02 to 1 and either sign, all of them bfloat16 numbers."""
+    """A module of n weights, log-uniform from 0.02 to 1 with random signs, all of them bfloat16 numbers."""
 
     def __init__(self, n: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -163,7 +164,7 @@ class Weights(nn.Module):
 
 
 def zosgd_change(model: Weights, steps: int) -> tuple[Tensor, Tensor]:
-    """What so many steps with v = 1 change, and what they add up to: float32 [n] each."""
+    """Take steps with v = 1: (the change of the weights, the sum of the exact steps), float32 [n] each."""
     before = model.weights.detach().float().clone()
     optimizer = ZOSGD(model.parameters(), RATE, MU, model=model, seed=0)  # the same numbers in every run
     losses = constant_loss(model, "weights", MU, -MU)
@@ -176,7 +177,7 @@ def zosgd_change(model: Weights, steps: int) -> tuple[Tensor, Tensor]:
 
 
 def mezo_change(model: Weights, steps: int) -> tuple[Tensor, Tensor]:
-    """The same of MeZO's update; its way out and back, which rounds too, is left out."""
+    """Do the same with MeZO's update only, without its perturbations, which round too."""
     before = model.weights.detach().float().clone()
     optimizer = MeZO(model.parameters(), RATE)
     total = torch.zeros_like(before)
@@ -188,20 +189,21 @@ def mezo_change(model: Weights, steps: int) -> tuple[Tensor, Tensor]:
 
 
 def bfloat16(weights: int, steps: int) -> list[dict[str, Any]]:
-    """Per way and dtype: the share of the steps that arrived, its standard error, and the size of what else did.
+    """Return a row per optimizer and dtype: the share of the steps that arrived, its standard error, and the noise.
 
-    MeZO, which is slow, moves a sixteenth of the weights.
+    noise: the size of the remaining change, relative to the steps. MeZO, which is slow, moves a sixteenth of the
+    weights.
     """
     rows = []
-    for name, changed, n in ((RADEMACHER, zosgd_change, weights), (MEZO, mezo_change, weights // 16)):
+    for name, take_steps, n in ((RADEMACHER, zosgd_change, weights), (MEZO, mezo_change, weights // 16)):
         for dtype in (torch.float32, torch.bfloat16):
-            change, total = changed(Weights(n, dtype), steps)
+            change, total = take_steps(Weights(n, dtype), steps)
             share = float((change * total).sum(dtype=torch.float64) / total.square().sum(dtype=torch.float64))
             noise = float(
                 (change - share * total).double().square().mean().sqrt() / total.double().square().mean().sqrt()
             )
             row = {"name": name, "dtype": str(dtype).removeprefix("torch."), "weights": n, "steps": steps}
-            # On the lattice a step is rounded as one, elsewhere every weight on its own.
+            # On the lattice a step is rounded as a whole, otherwise each weight separately.
             draws = steps if row["dtype"] == "float32" and name == RADEMACHER else n
             rows.append(row | {"share": share, "share_error": noise / draws**0.5, "noise": noise})
     return rows
@@ -210,31 +212,31 @@ def bfloat16(weights: int, steps: int) -> list[dict[str, Any]]:
 # --- the parts ---------------------------------------------------------------------------------------------------
 
 
-def child(work: str, *arguments: object, threads: int) -> Any:
-    """What a function of this module returns in a process of its own with so many threads."""
+def run_child(work: str, *arguments: object, threads: int) -> Any:
+    """Call a function of this module in a process of its own with so many threads, and return its result."""
     code = f"import json; from benchmarks import optim; print(json.dumps(optim.{work}(*json.loads(input()))))"
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    given = json.dumps(arguments)
-    done = subprocess.run(
-        [sys.executable, "-c", code], input=given, check=True, env=environment, stdout=subprocess.PIPE, text=True
+    text = json.dumps(arguments)
+    completed = subprocess.run(
+        [sys.executable, "-c", code], input=text, check=True, env=environment, stdout=subprocess.PIPE, text=True
     )
-    return json.loads(done.stdout)
+    return json.loads(completed.stdout)
 
 
 def measure(part: str, extent: Extent, threads: Sequence[int]) -> list[dict[str, Any]]:
-    """The rows of a part."""
+    """Measure a part, and return its rows."""
     sizes = extent[:3]
     if part == "bfloat16":
-        return child("bfloat16", extent.weights, extent.steps, threads=threads[0])
+        return run_child("bfloat16", extent.weights, extent.steps, threads=threads[0])
     if part == "memory":
         largest = 4 * max(p.numel() for p in Transformer(*sizes).parameters())
-        peaks = {name: child("memory", *sizes, name, threads=threads[0]) for name in OPTIMIZERS}
+        peaks = {name: run_child("memory", *sizes, name, threads=threads[0]) for name in OPTIMIZERS}
         return [{"name": n, "peak_extra_bytes": peak, "largest_tensor_bytes": largest} for n, peak in peaks.items()]
     rows = []
     for number in threads:
-        measured = child("overhead", *sizes, extent.rounds, threads=number)
-        mezo = next(r for r in measured if r["name"] == MEZO)
-        for r in measured:
+        of_threads = run_child("overhead", *sizes, extent.rounds, threads=number)
+        mezo = next(r for r in of_threads if r["name"] == MEZO)
+        for r in of_threads:
             ratios = {
                 "times_mezo": mezo["overhead_seconds"] / r["overhead_seconds"],
                 "times_mezo_constant_loss": mezo["constant_loss_seconds"] / r["constant_loss_seconds"],
@@ -243,22 +245,23 @@ def measure(part: str, extent: Extent, threads: Sequence[int]) -> list[dict[str,
     return rows
 
 
-def misses(parts: dict[str, Any]) -> list[str]:
-    """What must hold and does not."""
+def violations(parts: dict[str, Any]) -> list[str]:
+    """Return a line for each requirement that the results do not meet."""
     found = []
     for r in parts.get("overhead", {"rows": []})["rows"]:
-        if r["name"] == RADEMACHER and r["times_mezo"] < LEAST_RATIO:
+        if r["name"] == RADEMACHER and r["times_mezo"] < MIN_RATIO:
             found.append(f"{r['threads']} threads: a step's overhead is 1/{r['times_mezo']:.1f} of MeZO's")
     for r in parts.get("memory", {"rows": []})["rows"]:
-        if r["name"] == RADEMACHER and r["peak_extra_bytes"] >= MOST_EXTRA_BYTES:
+        if r["name"] == RADEMACHER and r["peak_extra_bytes"] >= MAX_EXTRA_BYTES:
             found.append(f"a step takes {r['peak_extra_bytes']:,} bytes")
     shares = {r["dtype"]: r["share"] for r in parts.get("bfloat16", {"rows": []})["rows"] if r["name"] == RADEMACHER}
-    if shares and not abs(shares["bfloat16"] / shares["float32"] - 1) <= MOST_LOST:
+    if shares and not abs(shares["bfloat16"] / shares["float32"] - 1) <= MAX_LOST:
         found.append(f"bfloat16 keeps {shares['bfloat16'] / shares['float32']:.3f} of the float32 run's change")
     return found
 
 
 def show(parts: dict[str, Any]) -> None:
+    """Print a table for each part."""
     console = Console(width=None if sys.stdout.isatty() else 110)
     for part, result in parts.items():
         table = Table(title=part)
@@ -284,9 +287,9 @@ def main(arguments: Sequence[str] | None = None, extent: Extent = Extent()) -> i
         parts[part] = {"machine": machine(), "load": load, "extent": extent._asdict(), "rows": rows}
         path.write_text(json.dumps({part: parts[part] for part in PARTS if part in parts}, indent=1) + "\n")
     show(parts)
-    missed = misses(parts)
-    print(*missed, sep="\n")
-    return 1 if missed else 0
+    violated = violations(parts)
+    print(*violated, sep="\n")
+    return 1 if violated else 0
 
 
 if __name__ == "__main__":

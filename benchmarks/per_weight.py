@@ -1,6 +1,6 @@
-"""`python -m benchmarks.per_weight`: how many numbers a weight gets in a run, and the share of the loss gap recovered.
+"""`python -m benchmarks.per_weight`: a figure of numbers per weight in a run, and the share of the loss gap recovered.
 
-One point for each HO-SFL method of every study whose table is committed; the same as in docs/results-studies.md.
+It has a point for each HO-SFL method of every study whose table is committed, as in docs/results-studies.md.
 """
 
 from __future__ import annotations
@@ -10,14 +10,16 @@ from pathlib import Path
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from benchmarks.readme import ALL_STUDIES, RESULTS, load_result, numbers_of
+from benchmarks.study_tables import numbers_of
+from benchmarks.tables import ALL_STUDIES, RESULTS, load_result
 from hosfl.runs.report import save_figure
 
 OUT = RESULTS / "studies" / "numbers.png"
-MARKS = {"one backward pass": "s", "paper": "x"}  # of methods whose names say so; the others run forward passes
+MARKS = {"one backward pass": "s", "paper": "x"}  # by a part of the method's name; the others run forward passes
 
 
 def draw(path: Path) -> None:
+    """Draw the figure."""
     points = numbers_of(load_result(ALL_STUDIES))
     studies = dict.fromkeys(point.study for point in points)
     colors = dict(zip(studies, colormaps["tab20"].colors, strict=False))  # type: ignore[attr-defined]

@@ -1,6 +1,6 @@
-"""Triton's own normal numbers, `tl.randn` and `tl.randn4x`, in the plainest kernels: baselines of the GPU kernels.
+"""Baselines of the GPU kernels: Triton's own normal numbers, `tl.randn` and `tl.randn4x`, in simple kernels.
 
-Their numbers are Triton's: not ours, nor the same on every device. Needs triton, and a GPU or Triton's interpreter.
+The numbers are Triton's, which differ from ours and between devices. Needs triton, and a GPU or Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ def _add_four(x, n, seed, scale, BLOCK: tl.constexpr):
 
 
 def randn(n: int, seed: int = 1, device: str = "cuda") -> Tensor:
-    """[n] float32: `tl.randn` of the numbers 0 to n - 1."""
+    """Return `tl.randn` of the numbers 0 to n - 1, float32 [n]."""
     out = torch.empty(n, device=device)
     _new[(triton.cdiv(n, BLOCK),)](out, n, seed, BLOCK)
     return out
 
 
 def add_(x: Tensor, scale: float, seed: int = 1) -> None:
-    """x += scale * `tl.randn`, in place. x: contiguous, of any floating dtype."""
+    """Add scale * `tl.randn` in place. x: contiguous, of any floating dtype."""
     _add[(triton.cdiv(x.numel(), BLOCK),)](x, x.numel(), seed, scale, BLOCK)
 
 
 def add_four_(x: Tensor, scale: float, seed: int = 1) -> None:
-    """The same with `tl.randn4x`, which wastes none of the four words that Philox makes at a time."""
+    """Do the same with `tl.randn4x`, which uses all of the four words that Philox makes at a time."""
     _add_four[(triton.cdiv(x.numel(), 4 * BLOCK),)](x, x.numel(), seed, scale, BLOCK)

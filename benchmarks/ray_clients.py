@@ -1,10 +1,10 @@
-"""A thousand simulated clients over a few Ray actors: time and memory per round, with a fifth of the answers lost.
+"""A thousand simulated clients over a few Ray actors: time and memory per round, with dropouts.
 
 python -m benchmarks.ray_clients --out FILE
 
-Every round asks 100 of 1,000 clients for their cuts and then for their scalars, on digits; each client drops out of a
-round with a chance of a fifth, at its cut or at its answer. At the end some clients are brought up to date and must
-hold the server's digest.
+Every round requests the cuts and then the scalars of 100 of 1,000 clients, on digits. Each client drops out of a round
+with a probability of a fifth, at its cut or at its answer. At the end some clients are brought up to date and must have
+the server's digest.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from hosfl.files import write_json
 from hosfl.runs.assemble import assemble
 from hosfl.runs.checkpoint import save_module
 from hosfl.runs.config import Config
-from hosfl.runs.join import AllClients
+from hosfl.runs.join import WorkerFactory
 from hosfl.runs.report import machine
 from hosfl.runs.serve import Transport
 
 MB = 1e6
 
 
-class DropsOut:
-    """An engine some of whose clients vanish in an ask. share: of clients and rounds; half of them at each exchange."""
+class DropoutEngine:
+    """An engine whose clients drop out at random. share: of a round's clients, over its two exchanges."""
 
     def __init__(self, engine: Engine, share: float, seed: int = 0) -> None:
         self.engine, self.share, self.random = engine, share, np.random.default_rng(seed)
@@ -43,23 +43,23 @@ class DropsOut:
         return getattr(self.engine, name)
 
     def ask(self, messages: Mapping[int, bytes], deadline: float | None = None) -> Iterator[Reply]:
-        vanish = 1 - (1 - self.share) ** 0.5  # of two exchanges
+        probability = 1 - (1 - self.share) ** 0.5  # per exchange
         for reply in self.engine.ask(messages, deadline):
-            if self.random.random() < vanish:
+            if self.random.random() < probability:
                 self.lost += 1
                 yield Reply(reply.client, None, "gone")
             else:
                 yield reply
 
 
-def peak(pid: int | str = "self") -> int:
-    """Bytes, the most that a process had in memory so far."""
+def peak_resident(pid: int | str = "self") -> int:
+    """Return a process's peak resident set so far, in bytes."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def measure(clients: int, sampled: int, rounds: int, actors: int, share: float) -> dict[str, Any]:
-    """Runs the rounds; returns what they took."""
+    """Run the rounds, and return the result. share: of clients that drop out of a round."""
     import ray
 
     config = Config(
@@ -77,26 +77,26 @@ def measure(clients: int, sampled: int, rounds: int, actors: int, share: float) 
         federation, _ = assemble(config)
         save_module(federation.base, out / "base.safetensors")
         federation.open_log(out)
-        made: list[DropsOut] = []
+        engines: list[DropoutEngine] = []
 
-        def engine(files: dict[str, bytes], count: int) -> Engine:
-            made.append(DropsOut(RayEngine(AllClients(files), count, actors), share))
-            return made[0]
+        def make_engine(files: dict[str, bytes], count: int) -> Engine:
+            engines.append(DropoutEngine(RayEngine(WorkerFactory(files), count, actors), share))
+            return engines[0]
 
-        Transport(engine).connect(federation)
+        Transport(make_engine).connect(federation)
         seconds, losses = [], []
         try:
             for round in range(rounds):
                 begin = time.perf_counter()
                 losses.append(federation.round(round))
                 seconds.append(time.perf_counter() - begin)
-            made[0].share = 0.0
-            some = range(0, clients, max(1, clients // 50))
-            digests = list(federation.audit(list(some)).values())
-            newcomer = federation.make(0)
-            joined = federation.join(newcomer)
-            pids = [p for p in _children(os.getpid()) if b"ray::_Actor" in Path(f"/proc/{p}/cmdline").read_bytes()]
-            memory = {"server": peak() / MB, "actors": [peak(p) / MB for p in pids]}
+            engines[0].share = 0.0
+            audited = range(0, clients, max(1, clients // 50))
+            digests = list(federation.audit(list(audited)).values())
+            newcomer = federation.make_client(0)
+            caught_up = federation.catch_up(newcomer)
+            pids = [p for p in _other_pids() if b"ray::_Actor" in Path(f"/proc/{p}/cmdline").read_bytes()]
+            memory = {"server": peak_resident() / MB, "actors": [peak_resident(p) / MB for p in pids]}
         finally:
             federation.close()
             ray.shutdown()
@@ -106,24 +106,21 @@ def measure(clients: int, sampled: int, rounds: int, actors: int, share: float) 
         "rounds": rounds,
         "actors": actors,
         "dropout": share,
-        "lost": made[0].lost,
+        "lost": engines[0].lost,
         "visits": federation.visits,
         "seconds a round": {"median": float(np.median(seconds)), "p90": float(np.quantile(seconds, 0.9))},
         "loss": {"first": losses[0], "last": losses[-1]},
         "peak MB": memory,
         "audited": len(digests),
-        "one digest": joined and set(digests) == {newcomer.digest()},
+        "one digest": caught_up and set(digests) == {newcomer.digest()},
         "machine": machine(),
     }
 
 
-def _children(pid: int) -> list[int]:
-    """All processes below one."""
-    found: list[int] = []
-    for path in Path("/proc").iterdir():
-        if path.name.isdecimal():
-            found.append(int(path.name))
-    return [p for p in found if p != pid]
+def _other_pids() -> list[int]:
+    """Return the ids of all processes but this one."""
+    pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal()]
+    return [pid for pid in pids if pid != os.getpid()]
 
 
 def main() -> None:
@@ -135,9 +132,9 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.2)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/ray-clients.json"))
     options = parser.parse_args()
-    found = measure(options.clients, options.sampled, options.rounds, options.actors, options.dropout)
-    write_json(options.out, found)
-    print({name: value for name, value in found.items() if name != "machine"})
+    result = measure(options.clients, options.sampled, options.rounds, options.actors, options.dropout)
+    write_json(options.out, result)
+    print({name: value for name, value in result.items() if name != "machine"})
 
 
 if __name__ == "__main__":

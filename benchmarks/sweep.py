@@ -1,19 +1,18 @@
-"""Which shape of tile is fastest on this GPU, kernel by kernel: `python -m benchmarks.gpu --sweep`.
+"""`python -m benchmarks.gpu --sweep`: find the fastest shape of tile of every kernel on this GPU.
 
-For every kernel, kind of tensor and size class the candidates are timed, the default first. The launch is timed alone:
-records and tables lie on the device before. Before it is timed a candidate must leave the bits that the default leaves
-on a tensor of odd start and size (of `project`, whose sums have an order of their own, the sum within a tolerance);
-other bits are a failure. One that keeps more of a thread in memory than the default, where registers were too few, is
-left out.
+For every kernel, kind of tensor and size class the candidates are timed, the default first. Only the launch is timed:
+records and tables are on the device before. First a candidate must leave the same bits as the default on a tensor of
+odd start and size (for `project`, whose order of summation depends on the shape, a sum within a tolerance); otherwise
+it fails. A candidate that spills more registers than the default is left out.
 
-The fastest candidate is chosen where it takes at most 97 % of the default's time, and again when both are timed once
-more. What is chosen so far stands in a new table beside the rows, FILE with the ending .choices.json, after every
-kernel: copied to hosfl_kernels/gpu/choices.json it is what launches take. What was not swept keeps its entry there.
+The fastest candidate is chosen if it takes at most 97 % of the default's time, also when both are timed once more.
+After every kernel the choices so far are written to FILE with the suffix .choices.json, beside the rows. Launches use
+them once they are copied to hosfl_kernels/gpu/choices.json. A kernel that was not swept keeps its entry there.
 
-Most of the time goes into compilation, of every candidate once for both size classes. There are 558. For sm_90 one
-takes 0.2 to 1.2 s of a core of an AMD EPYC with Triton 3.7.1, on average 0.5 s: 4.6 of the default 8 minutes. The
-kernels of most use come first; after --seconds the sweep ends and names what it has not swept. Run again it begins
-anew, but finds what was compiled in Triton's cache.
+Most of the time is compilation, of every candidate once for both size classes. There are 558. For sm_90 one takes 0.2
+to 1.2 s of a core of an AMD EPYC with Triton 3.7.1, on average 0.5 s: 4.6 of the default 8 minutes. The most used
+kernels come first; after --seconds the sweep ends and names the kernels that are left. It cannot be resumed, but
+another run finds the compiled candidates in Triton's cache.
 """
 
 from __future__ import annotations
@@ -43,11 +42,11 @@ from hosfl_kernels.transfer import copy_records
 
 FASTER = 0.97  # of the default's time
 RECORDS, ROUNDS, DIRECTIONS = 16, 4, 4
-START, ODD = 131_077, 140_001  # whole tiles of every shape, and parts of tiles on both sides
+START, ODD = 131_077, 140_001  # start and size of a tensor with whole tiles of every shape, and parts on both sides
 
 
 class Prepared(NamedTuple):
-    """A launch whose arguments lie on the device. written: weights and moments, or the sums of tiles."""
+    """A launch whose arguments are on the device. written: weights and moments, or the sums of tiles."""
 
     variant: Variant
     programs: int
@@ -62,7 +61,7 @@ class Prepared(NamedTuple):
 # --- one launch of every kernel -----------------------------------------------------------------------------------
 
 
-def planned(
+def prepare_planned(
     kernel: Kernel,
     x: Tensor,
     place: Place,
@@ -70,12 +69,14 @@ def planned(
     *arguments: Any,
     moments: Sequence[Tensor] = (),
 ) -> Prepared:
+    """Prepare a launch by `plan`, which makes its tables. arguments: the kernel's others."""
     (launch,) = plan(kernel, [x], place, stochastic, [[m] for m in moments])
     tables = (launch.rows, launch.row_of_program)
     return Prepared(launch.variant, len(launch.row_of_program), (*tables, *arguments), x, [x, *moments])
 
 
 def records(count: int, stochastic: bool) -> Tensor:
+    """Make a table of `count` records on the device."""
     seeds = range(1, count + 1)
     table = record_table(seeds, [SCALE] * count, seeds if stochastic else None)
     return copy_records(table, "the sweep", torch.device(DEVICE))
@@ -88,15 +89,15 @@ def noise(kernel: Kernel, x: Tensor, place: Place, stochastic: bool) -> Prepared
 
 
 def perturb(kernel: Kernel, x: Tensor, place: Place, stochastic: bool) -> Prepared:
-    return planned(kernel, x, place, stochastic, records(1, False), 1, int(float_bits(SCALE)), 2)
+    return prepare_planned(kernel, x, place, stochastic, records(1, False), 1, int(float_bits(SCALE)), 2)
 
 
 def perturb_on_device(kernel: Kernel, x: Tensor, place: Place, stochastic: bool) -> Prepared:
-    return planned(kernel, x, place, stochastic, records(1, stochastic), 0, 0, 0)
+    return prepare_planned(kernel, x, place, stochastic, records(1, stochastic), 0, 0, 0)
 
 
 def replay(kernel: Kernel, x: Tensor, place: Place, stochastic: bool) -> Prepared:
-    return planned(kernel, x, place, stochastic, records(RECORDS, stochastic), RECORDS)
+    return prepare_planned(kernel, x, place, stochastic, records(RECORDS, stochastic), RECORDS)
 
 
 def update(rule: hk.SGD | hk.AdamW, kernel: Kernel, x: Tensor, place: Place, stochastic: bool) -> Prepared:
@@ -105,18 +106,18 @@ def update(rule: hk.SGD | hk.AdamW, kernel: Kernel, x: Tensor, place: Place, sto
     table = round_table(draws, [SCALE] * len(draws), steps, rounds if stochastic else None)
     moments = [torch.zeros(x.numel(), device=DEVICE) for _ in range(rule.moments)]
     arguments = (copy_records(table, "the sweep", x.device), ROUNDS, DIRECTIONS, *constant_bits(rule.constants))
-    return planned(kernel, x, place, stochastic, *arguments, moments=moments)
+    return prepare_planned(kernel, x, place, stochastic, *arguments, moments=moments)
 
 
 def project(kernel: Kernel, x: Tensor, place: Place, stochastic: bool) -> Prepared:
     seeds = copy_records(seed_bits(range(RECORDS)), "the sweep", x.device)
-    one = planned(kernel, x, place, False, seeds, RECORDS)
-    sums = torch.zeros(RECORDS, one.programs, dtype=torch.float64, device=DEVICE)
-    return one._replace(arguments=(*one.arguments, sums.data_ptr()), written=[sums])
+    prepared = prepare_planned(kernel, x, place, False, seeds, RECORDS)
+    sums = torch.zeros(RECORDS, prepared.programs, dtype=torch.float64, device=DEVICE)
+    return prepared._replace(arguments=(*prepared.arguments, sums.data_ptr()), written=[sums])
 
 
 LAUNCHES: dict[str, Callable[[Kernel, Tensor, Place, bool], Prepared]] = {
-    # The order of the sweep, within a distribution.
+    # In the order of the sweep, within a distribution.
     "perturb": perturb,
     "replay": replay,
     "perturb-on-device": perturb_on_device,
@@ -127,19 +128,19 @@ LAUNCHES: dict[str, Callable[[Kernel, Tensor, Place, bool], Prepared]] = {
 
 
 def prepare(kernel: Kernel, kind: Kind, shape: Shape, n: int, start: int = 0) -> Prepared:
-    """A launch on n elements from `start` on, the whole tiles among them aligned to 16 bytes."""
+    """Prepare a launch on n elements from `start` on, whose whole tiles are aligned to 16 bytes."""
     skipped = start % 8
     x = torch.linspace(-1, 1, n + skipped, device=DEVICE).to(kind.dtype)[skipped:]
     with override_shapes({f"{kernel.name}-{kind}": shape}):
         return LAUNCHES[kernel.name](kernel, x, Place.single(kind.dist, stream=3, start=start), kind.stochastic)
 
 
-def wrote_the_same(one: Prepared, other: Prepared) -> bool:
+def wrote_the_same(first: Prepared, second: Prepared) -> bool:
     """Whether both wrote the same bits; for `project`, whose sums depend on the shape, the same within TOLERANCE."""
-    if one.written[0] is not one.weights:
-        a, b = (prepared.written[0].sum(1) for prepared in (one, other))
-        return bool((a - b).abs().max() <= TOLERANCE * one.weights.double().abs().sum())
-    pairs = zip(one.written, other.written, strict=True)
+    if first.written[0] is not first.weights:
+        a, b = (prepared.written[0].sum(1) for prepared in (first, second))
+        return bool((a - b).abs().max() <= TOLERANCE * first.weights.double().abs().sum())
+    pairs = zip(first.written, second.written, strict=True)
     return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs)
 
 
@@ -147,9 +148,9 @@ def wrote_the_same(one: Prepared, other: Prepared) -> bool:
 
 
 def candidates(kernel: Kernel, kind: Kind) -> list[Shape]:
-    """The default first; then fewer and more row blocks, and half and twice the columns with their warps.
+    """Return the default, then shapes with fewer and more row blocks, and half and twice the columns and warps.
 
-    A wide kernel goes through its blocks one after another and holds none, so that four times as many fit.
+    A wide kernel processes its blocks one after another and keeps none, so that four times as many fit.
     """
     default = kernel.default(kind)
     scales = product((1, 1 / 2, 2, 4) if kernel.wide else (1, 1 / 2, 2), (1, 1 / 2, 2))
@@ -157,21 +158,21 @@ def candidates(kernel: Kernel, kind: Kind) -> list[Shape]:
 
 
 class Sweep:
-    """What was measured so far, its rows and its table. elements: of the tensor that stands for a size class."""
+    """A sweep: its rows and the choices so far. elements: by size class, the size of its tensor."""
 
     def __init__(self, rows: Rows, elements: dict[str, int]) -> None:
         self.rows, self.elements = rows, elements
-        self.chosen: dict[str, dict[str, Shape]] = {}  # of every kernel that was swept, by size class
+        self.chosen: dict[str, dict[str, Shape]] = {}  # by swept kernel and size class
 
     def run(self, ends: float) -> list[str]:
-        """Sweep until a time of time.monotonic(). Returns the kernels that were not swept."""
+        """Sweep until `ends`, by time.monotonic(). Returns the kernels that were not swept."""
         kernels = choices.kernels()
 
-        def use(name: str) -> tuple[bool, bool, int]:
+        def priority(name: str) -> tuple[bool, bool, int]:
             kernel, kind = kernels[name]
             return kind.dtype == torch.float16, kind.dist == "gaussian", list(LAUNCHES).index(kernel.name)
 
-        order = sorted(kernels, key=use)
+        order = sorted(kernels, key=priority)
         for name in order:
             if not self.sweep_kernel(name, *kernels[name], ends):
                 break
@@ -179,7 +180,7 @@ class Sweep:
         return [name for name in order if name not in self.chosen]
 
     def sweep_kernel(self, name: str, kernel: Kernel, kind: Kind, ends: float) -> bool:
-        """Time a kernel's candidates and choose among them. False where there was no time for all."""
+        """Time a kernel's candidates and choose among them. Returns False if there was no time for all."""
         default, *others = candidates(kernel, kind)
         trials: list[Prepared] = []
         times: dict[Shape, Row] = {}
@@ -189,9 +190,9 @@ class Sweep:
             trials[-1]()
             if not wrote_the_same(trials[0], trials[-1]):
                 raise AssertionError("the bits are not those of the default")
-            least, words = (trial.variant.spills(*trial.arguments) for trial in (trials[0], trials[-1]))
-            if words > least:
-                return {"left_out": f"{words} words of a thread are in memory, {least} with the default"}
+            default_spills, spills = (trial.variant.spills(*trial.arguments) for trial in (trials[0], trials[-1]))
+            if spills > default_spills:
+                return {"left_out": f"{spills} words of a thread are in memory, {default_spills} with the default"}
             times[shape] = {f"{size}_ms": self.time(kernel, kind, shape, size) for size in self.elements}
             return times[shape]
 
@@ -200,7 +201,7 @@ class Sweep:
                 return False
             self.rows.add("sweep", f"{name} {format_shape(shape)}", partial(work, shape))
             if default not in times:
-                return True  # it failed: there is nothing to compare with
+                return True  # the default failed, so there is nothing to compare with
         self.chosen[name] = {}
         for size in self.elements:
             best = min(times, key=lambda shape: times[shape][f"{size}_ms"])
@@ -215,28 +216,29 @@ class Sweep:
         return milliseconds(prepare(kernel, kind, shape, self.elements[size]))
 
     def time_again(self, kernel: Kernel, kind: Kind, size: str, shape: Shape) -> Row:
-        ms, default_ms = (self.time(kernel, kind, one, size) for one in (shape, kernel.default(kind)))
+        ms, default_ms = (self.time(kernel, kind, each, size) for each in (shape, kernel.default(kind)))
         return {"ms": ms, "default_ms": default_ms}
 
     @property
     def table(self) -> Path:
+        """The path of the new table of choices."""
         return self.rows.path.with_suffix(".choices.json")
 
     def table_text(self) -> str:
-        """The text of choices.json: what was chosen, and the committed entries of all that was not swept."""
+        """Return the text of choices.json: the choices, and the committed entries of kernels that were not swept."""
         facts = self.rows.result
-        here = capability(torch.device(DEVICE)) or 0  # no GPU's: a table with it is refused
+        here = capability(torch.device(DEVICE)) or 0  # 0 without a GPU: launches refuse a table with it
         measured = {name: facts["machine"][name] for name in ("gpu", "torch", "triton")}
         measured |= {name: facts[name] for name in ("driver", "cuda")}
         kept = json.loads(choices.PATH.read_text())["choices"]
-        found = [e for e in kept if e["capability"] != here or e["kernel"] not in self.chosen]
+        entries = [e for e in kept if e["capability"] != here or e["kernel"] not in self.chosen]
         for name, shapes in self.chosen.items():
             for size, shape in shapes.items():
                 key = {"capability": here, "kernel": name, "size": size}
-                found.append({**key, **shape._asdict(), "measured": measured})
-        found.sort(key=lambda e: (e["capability"], e["kernel"], e["size"]))
+                entries.append({**key, **shape._asdict(), "measured": measured})
+        entries.sort(key=lambda e: (e["capability"], e["kernel"], e["size"]))
         about = "By python -m benchmarks.gpu --sweep. A launch that has no entry takes its kernel's default shape."
-        lines = ",".join(f"\n  {json.dumps(entry)}" for entry in found)
+        lines = ",".join(f"\n  {json.dumps(entry)}" for entry in entries)
         return f'{{\n "about": {json.dumps(about)},\n "choices": [{lines}\n ]\n}}\n'
 
 
@@ -249,7 +251,7 @@ def faster(ms: float, default_ms: float) -> bool:
 
 
 def main(out: Path, facts: dict[str, Any], n: int, ends: float) -> int:
-    """Sweep, the large size class on n elements. Returns how many rows failed."""
+    """Sweep until `ends`, the large size class on n elements. Returns the number of rows that failed."""
     rows = Rows(out, facts)
     sweep = Sweep(rows, {"large": n, "small": max(n // 128, 1)})
     rows.result["not_swept"] = left = sweep.run(ends)
@@ -258,8 +260,8 @@ def main(out: Path, facts: dict[str, Any], n: int, ends: float) -> int:
     if left:
         print("not swept:", *left)
     if sweep.chosen:
-        found = sum(map(len, sweep.chosen.values()))
-        print(f"{found} shapes were faster than the default: {sweep.table}")
+        count = sum(map(len, sweep.chosen.values()))
+        print(f"{count} shapes were faster than the default: {sweep.table}")
         if capability(torch.device(DEVICE)):
             print(f"to commit: {out}, and {sweep.table} as {choices.PATH.relative_to(ROOT)}")
     return failed

@@ -1,4 +1,4 @@
-"""Peak extra bytes of each way, measured: a fresh process per way, its resident set or the CUDA allocator."""
+"""Peak extra bytes of each contender, by the resident set of a fresh process or by the CUDA allocator."""
 
 import subprocess
 import sys
@@ -13,11 +13,11 @@ SMALL = 1_000_000
 
 
 def bound(way: Contender, device: str, elements: int) -> int:
-    """The bytes that a way of ours may take besides its tensor: 1 MB.
+    """Return the bytes that our way may take in addition to its tensor: 1 MB.
 
-    On a GPU `project` has sums too, which are its result's parts. Triton: a float64 per seed and tile, at most 64 MB;
-    the smallest default tile has 2,048 elements. nvcc's, which has no kernel for it: noise and factors of 2^22 elements
-    at a time, in float32 and float64.
+    On a GPU `project` also has partial sums. Triton: a float64 per seed and tile, at most 64 MB; the smallest default
+    tile has 2,048 elements. nvcc's backend has no kernel for it: noise and factors of 2^22 elements at a time, in
+    float32 and float64.
     """
     if device != "cuda" or not way.group.startswith("project"):
         return SMALL
@@ -26,8 +26,8 @@ def bound(way: Contender, device: str, elements: int) -> int:
     return SMALL + min(8 * RECORDS * -(-elements // 2048), 64 * 2**20)
 
 
-# The kernel's own high-water mark of the resident set is reset just before the call (Linux: clear_refs), so that what
-# importing torch once needed does not hide what the call needs.
+# The kernel's high-water mark of the resident set is reset just before the call (Linux: clear_refs), so that the peak
+# of importing torch does not hide the call's.
 CHILD = """
 import sys, torch
 from pathlib import Path
@@ -36,7 +36,7 @@ from benchmarks.contenders import CONTENDERS
 index, elements, device = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 way = CONTENDERS[index]
 x = torch.randn(elements, device=device) * 0.02
-way.move(torch.randn(1 << 20, device=device))  # code, threads and caches are there
+way.move(torch.randn(1 << 20, device=device))  # loads code, starts threads and fills caches
 
 def resident(name):
     line = next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(name))

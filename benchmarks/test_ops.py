@@ -1,9 +1,9 @@
-"""Every op by size, dtype and distribution, and lists of tensors with the shapes of models, by pytest-benchmark.
+"""Times of every op by size, dtype and distribution, and of lists of tensors with models' shapes, by pytest-benchmark.
 
     pytest benchmarks --benchmark-only [--elements N] [-k "list and LoRA"] [--benchmark-json FILE]
 
-A group is one size, or one list: its roof, torch's own pass over as many bytes; the peers' way; and ours. Sizes go from
-1 K to 1 G elements, as far as --elements allows.
+A group is a size or a list: its roof, which is torch's own pass over as many bytes; the peers' way; and ours. Sizes are
+from 1 K to 1 G elements, up to --elements.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ KINDS = [*product(DTYPES, DISTRIBUTIONS, (False,)), *product(["bfloat16"], DISTR
 
 
 def timed(benchmark: Any, call: Callable[[], object], name: str, of: str, dtype: str, nbytes: int, device: str) -> None:
-    """Small calls many at a time, large ones a few times. of: what is moved, such as a size; nbytes: that it has."""
+    """Time a call, a small one many times at once. of: the tensor, such as its size; nbytes: its bytes."""
 
     group = f"{of} {dtype}"
     benchmark.group = f"{device} {group}"
@@ -75,7 +75,7 @@ def test_mezo(benchmark: Any, dtype: str, device: str, size: int) -> None:
 
 
 def ways_to_noise(size: int, device: str) -> dict[str, Callable[[], object]]:
-    """New normal numbers, and signs: ours, torch's, EvoX's where it is installed, and on a GPU Triton's own."""
+    """Return the ways to make normal numbers and signs: ours, torch's, EvoX's if installed, on a GPU Triton's own."""
     ways: dict[str, Callable[[], object]] = {
         f"hosfl noise {dist}": partial(hk.noise, size, 1, dist=dist, device=device) for dist in DISTRIBUTIONS
     }
@@ -147,7 +147,7 @@ def test_update(benchmark: Any, rule: hk.SGD | hk.AdamW, dist: str, device: str,
     )
 
 
-# --- lists of tensors, as models have them --------------------------------------------------------------------------
+# --- lists of tensors with models' shapes ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("way", LIST_CONTENDERS)

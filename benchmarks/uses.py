@@ -1,11 +1,11 @@
-"""What to make of a round's numbers: ways to use them, side by side, over the same rounds and the same work.
+"""Ways to use a round's numbers, as methods of a study that compares them over the same rounds and the same work.
 
     hosfl study benchmarks/studies/digits-uses.yaml --out runs/digits-uses-study --jobs 2
 
-Each way is a method of a study. Clients send exact gradients here, and the server takes from them the numbers that
-forward passes would have measured, v_p = <g, u_p>, and nothing else: a run costs as much as a first-order one. What
-differs is which directions are measured, and how an estimate is made of the numbers. A direction moves one block of
-layers, as in `hosfl.halves.blocks`, P_b of them block b.
+Here clients send exact gradients, and the server uses only the numbers of them that forward passes would have measured,
+v_p = <g, u_p>. So a run costs as much as a first-order one. The methods differ in the directions that are measured, and
+in the estimate that is made from the numbers. A direction moves one block of layers, as in `hosfl.halves.blocks`; P_b
+directions move block b.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from hosfl.protocol.messages import Gradient
 from hosfl.protocol.seeds import Purpose, round_seed
 
 DECAY = 0.9  # of running means over rounds
-LAST = 3  # one of so many rounds, at the end: whose weights are averaged
+LAST_PART = 3  # the weights of the last 1 / LAST_PART of the rounds are averaged
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A block: its weights, [begin, end) of all. directions: P_b. share: the work of a probe, of a whole pass."""
+    """A block of weights, [begin, end) of all. directions: P_b. share: the work of a probe, in forward passes."""
 
     begin: int
     end: int
@@ -40,7 +40,7 @@ class Measured:
 
 @dataclass
 class Averages(GradientAverage):
-    """The estimate of the library: directions are the same for all clients, ghat_b = (1/P_b) sum_p vbar_p u_p."""
+    """The library's estimate, with the same directions for all clients: ghat_b = (1/P_b) sum_p vbar_p u_p."""
 
     blocks: Sequence[Measured] = field(kw_only=True)
     seed: int = field(kw_only=True)
@@ -50,9 +50,10 @@ class Averages(GradientAverage):
         self.start()
 
     def start(self) -> None:
-        """Nothing is remembered from round to round."""
+        """Initialise the state that is kept from round to round; here there is none."""
 
     def commit(self, round: int, answers: Sequence[Gradient], weights: Sequence[float]) -> None:
+        """Update the weights with a round's answers."""
         if answers:
             self.random = torch.Generator().manual_seed(round_seed(self.seed, Purpose.DIRECTIONS, round) % 2**63)
             gradients = torch.stack([a.gradient for a in answers]).double()
@@ -68,21 +69,24 @@ class Averages(GradientAverage):
         self.rounds = round + 1
 
     def counts(self, round: int) -> list[int]:
-        """How many directions move each block in this round."""
+        """Return the number of directions of each block in this round."""
         return [block.directions for block in self.blocks]
 
     def directions(self, count: int, size: int) -> Tensor:
-        """Rademacher directions, float64 [count, size]."""
+        """Draw Rademacher directions, float64 [count, size]."""
         return torch.randint(2, (count, size), generator=self.random).double() * 2 - 1
 
     def estimate(self, number: int, gradients: Tensor, shares: Tensor, count: int) -> Tensor:
-        """Of block `number`'s gradient. gradients: float64 [K, d_b], the clients'; shares: [K], which sum to 1."""
+        """Estimate the mean gradient of block `number`, float64 [d_b], from `count` directions.
+
+        gradients: the clients', float64 [K, d_b]. shares: the clients' weights, [K], which sum to 1.
+        """
         u = self.directions(count, gradients.shape[1])
         return u.T @ (u @ (shares @ gradients)) / count
 
 
 class Own(Averages):
-    """Directions of its own for every client: ghat_b = sum_m w_m (1/P_b) sum_p v_mp u_mp."""
+    """Separate directions for every client: ghat_b = sum_m w_m (1/P_b) sum_p v_mp u_mp."""
 
     def estimate(self, number: int, gradients: Tensor, shares: Tensor, count: int) -> Tensor:
         return sum(
@@ -92,7 +96,7 @@ class Own(Averages):
 
 
 class Solved(Averages):
-    """The shortest vector that has these numbers, made longer by d_b / P_b, what a subspace loses of a vector."""
+    """The shortest vector with these numbers, times d_b / P_b, which compensates for the projection on a subspace."""
 
     def estimate(self, number: int, gradients: Tensor, shares: Tensor, count: int) -> Tensor:
         u = self.directions(count, gradients.shape[1])
@@ -103,8 +107,8 @@ class Solved(Averages):
 class Scaled(Averages):
     """Directions scaled by h^(-1/4), h a running mean of the squared estimate: ghat is the gradient times h^(-1/2).
 
-    The idea of HiSo (Li et al., arXiv 2506.02370), whose directions know the curvature from what was aggregated before:
-    all replicas could compute it from the log.
+    The idea is HiSo's (Li et al., arXiv 2506.02370), whose directions use the curvature estimated from earlier
+    aggregates. All replicas could compute it from the log.
     """
 
     def start(self) -> None:
@@ -115,21 +119,21 @@ class Scaled(Averages):
         scale = (h + h.mean()).pow(-0.25) if h.any() else torch.ones_like(h)
         scale = scale / scale.square().mean().sqrt()
         u = self.directions(count, gradients.shape[1]) * scale
-        found = u.T @ (u @ (shares @ gradients)) / count
-        self.squares[number] = DECAY * h + (1 - DECAY) * (found / scale.square()).square()
-        return found
+        estimate = u.T @ (u @ (shares @ gradients)) / count
+        self.squares[number] = DECAY * h + (1 - DECAY) * (estimate / scale.square()).square()
+        return estimate
 
 
 class Growing(Averages):
-    """Half as many directions in the first round, and half as many again in the last: the same work in all."""
+    """A number of directions that grows from 0.5 to 1.5 times P_b over the rounds: the same total work."""
 
     def counts(self, round: int) -> list[int]:
-        times = 0.5 + round / max(1, self.length_of_run - 1)
-        return [max(1, int(block.directions * times + 0.5)) for block in self.blocks]
+        factor = 0.5 + round / max(1, self.length_of_run - 1)
+        return [max(1, int(block.directions * factor + 0.5)) for block in self.blocks]
 
 
 class ByLength(Averages):
-    """P_b in proportion to |g_b| sqrt(d_b / c_b), |g_b| as the numbers tell it, for the work of all blocks' own."""
+    """P_b in proportion to |g_b| sqrt(d_b / c_b), with |g_b| estimated from the numbers, for the same total work."""
 
     def start(self) -> None:
         self.squares = [1.0] * len(self.blocks)
@@ -154,14 +158,14 @@ class ByLength(Averages):
 
 
 class LastMean(Averages):
-    """What is evaluated is the mean of the weights after the last third of the rounds."""
+    """The library's estimate; evaluations use the mean of the weights over the last third of the rounds."""
 
     def start(self) -> None:
         self.sum, self.summed = torch.zeros_like(self.weights, requires_grad=False), 0
 
     def commit(self, round: int, answers: Sequence[Gradient], weights: Sequence[float]) -> None:
         super().commit(round, answers, weights)
-        if round >= self.length_of_run - self.length_of_run // LAST:
+        if round >= self.length_of_run - self.length_of_run // LAST_PART:
             self.sum += self.weights.detach()
             self.summed += 1
 
@@ -170,7 +174,7 @@ class LastMean(Averages):
 
 
 class Averaged(FirstOrder):
-    """The library's use of the numbers, from exact derivatives. The other methods here change the ledger alone."""
+    """The library's use of the numbers, from exact derivatives. The other methods here change only the ledger."""
 
     reads: ClassVar[tuple[str, ...]] = (*FirstOrder.reads, "directions", "directions_from", "blocks")
     kind: ClassVar[type[Averages]] = Averages
@@ -198,6 +202,7 @@ class Averaged(FirstOrder):
         )
 
 
+# These classes are named in the studies' files.
 class OwnDirections(Averaged):
     kind = Own
 

@@ -1,8 +1,9 @@
-"""Every way to train digits' client half, at the rates that `make tune` chose for it, on test data; one table.
+"""All ways to train digits' client half, with the rates that `make tune` chose, compared on test data.
 
     python -m benchmarks.ways_to_learn [--jobs N] [--out FILE]
 
-Fresh directions beside a pool, two directions a round beside five, and each update rule, between the two controls.
+They have fresh directions or a pool, two directions a round or five, and different update rules; and there are the two
+controls.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ SEEDS = (0, 1, 2, 3, 4, 5)
 
 
 def run(job: tuple[str, dict[str, Any], int]) -> tuple[str, float, float]:
-    """(way, accuracy, loss) on test data; a run that diverges raises."""
+    """Train, and return (way, accuracy, loss) on test data; a run that diverges raises."""
     torch.set_num_threads(1)
     way, settings, seed = job
     summary = train(Config(**settings, seed=seed, evaluate_every=400))

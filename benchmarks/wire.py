@@ -1,8 +1,8 @@
-"""What fewer bytes cost: cut and multiplier in each type that a run can send them in, on digits' test data. One table.
+"""The effect of sending cuts and multipliers in fewer bytes, for each type on the wire, on digits' test data.
 
     python -m benchmarks.wire [--jobs N] [--out FILE]
 
-HO-SFL as `hosfl train` runs it, all clients' data unlike; six seeds. Nothing is tuned anew for any type.
+HO-SFL with the defaults of `hosfl train`, so that clients' data differ; six seeds. Rates are not tuned per type.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TYPES = FIELDS["wire"].metadata["choices"]
 
 
 def run(job: tuple[str, int]) -> dict[str, Any]:
-    """Accuracy and loss on test data, and bytes per client and round, both ways. A run that diverges raises."""
+    """Train, and return accuracy and loss on test data, and bytes per client and round in both directions."""
     torch.set_num_threads(1)
     wire, seed = job
     summary = train(Config(wire=wire, seed=seed, evaluate_every=Config().rounds))
@@ -49,8 +49,8 @@ def main() -> None:
         rows[wire].append(result)
     options.out.write_text(json.dumps({"machine": machine(), "seeds": SEEDS, "types": rows}, indent=1) + "\n")
     for wire, results in rows.items():
-        told = {name: mean(r[name] for r in results) for name in ("accuracy", "loss", "bytes")}
-        print(f"{wire}: {told['accuracy']:.4f} {told['loss']:.4f}, {told['bytes'] / 1e3:.1f} KB")
+        means = {name: mean(r[name] for r in results) for name in ("accuracy", "loss", "bytes")}
+        print(f"{wire}: {means['accuracy']:.4f} {means['loss']:.4f}, {means['bytes'] / 1e3:.1f} KB")
 
 
 if __name__ == "__main__":

@@ -311,8 +311,8 @@ def _federation(options: argparse.Namespace) -> int:
 def _join(options: argparse.Namespace) -> int:
     extra = "edge" if options.runtime == "onnx" else "nats"
     nats, federation = (require(name, "hosfl join", extra) for name in ("hosfl.engines.nats_line", "hosfl.federation"))
-    from hosfl.engines.ending import Ending
     from hosfl.engines.engine import EngineError
+    from hosfl.engines.signals import StopOnSignal
 
     member = federation.Member.read(options.client)
     if member.client is None:
@@ -332,7 +332,7 @@ def _join(options: argparse.Namespace) -> int:
     if file and not options.task and not Path(file).exists():  # a task of the user's own may take anything
         raise ValueError(f"--data: there is no {file}")
     log_to_terminal(logging.INFO)
-    with Ending(f"client {member.client} of run {member.run}") as line:
+    with StopOnSignal(f"client {member.client} of run {member.run}") as line:
         try:
             line.line = nats.NatsLine(f"tls://{member.address}", member.run, member.client, member.context())
             join(line, member.client, options.client / "state", **settings)

@@ -32,11 +32,11 @@ from hosfl.files import write_json
 from hosfl.halves.hub import meta_model
 from hosfl.halves.split import cut_points
 from hosfl.references import short_name
-from hosfl.runs.attendance import attendance
+from hosfl.runs.attendance import write_attendance
 from hosfl.runs.checkpoint import load_config
 from hosfl.runs.config import Config, all_with_shared, check_device, with_shared
 from hosfl.runs.faults import Faults
-from hosfl.runs.join import AllClients
+from hosfl.runs.join import WorkerFactory
 from hosfl.runs.memory import HALVES, client_memory, over_bound
 from hosfl.runs.report import Evaluation, metric
 from hosfl.runs.serve import Transport
@@ -115,7 +115,7 @@ def _engine(options: argparse.Namespace, config: Config, smallest_shard: int | N
     local |= {name: _absolute(getattr(config, name)) for name in ("data", "model")}
 
     def engine(files: dict[str, bytes], clients: int) -> Engine:
-        everybody = AllClients(files, smallest_shard, **local)
+        everybody = WorkerFactory(files, smallest_shard, **local)
         ray: Engine = made(everybody, clients, options.actors, options.address, gpus=options.actor_gpus)
         return ray
 
@@ -315,8 +315,8 @@ def _study(options: argparse.Namespace) -> int:
         def on_progress(state: StudyProgress) -> None:
             bar.update(task, description=state.phase, completed=state.done, total=state.runs)
             bar.update(task, expected=state.seconds_left, since=time.monotonic())
-            if state.ended:
-                say(f"{state.phase}  {state.done}/{state.runs}  {state.ended}  {_time_left(state.seconds_left)}")
+            if state.last_result:
+                say(f"{state.phase}  {state.done}/{state.runs}  {state.last_result}  {_time_left(state.seconds_left)}")
 
         finished = run_study(study, options.out, options.jobs, on_progress)
     if not finished:
@@ -332,7 +332,7 @@ def _report(options: argparse.Namespace) -> int:
         raise FileNotFoundError(
             f"{folder} holds no study and no run with clients elsewhere: there is neither study.yaml nor events.jsonl"
         )
-    print(report(folder) if (folder / "study.yaml").exists() else attendance(folder))
+    print(report(folder) if (folder / "study.yaml").exists() else write_attendance(folder))
     return 0
 
 

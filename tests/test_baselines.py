@@ -69,7 +69,7 @@ def test_each_half_learns_while_the_other_stands_still(method, half, seed, below
         federation.round(round)
     below(loss() / before, 0.95)
     assert federation.server.refused == federation.messenger.complaints == []
-    assert federation.replicas().equal
+    assert federation.compare_replicas().equal
 
 
 @pytest.mark.parametrize("method", NEW)
@@ -123,14 +123,14 @@ def test_passes_are_those_that_ran(method, estimator):
 
         first_layer.register_forward_hook(forward)
 
-    make = federation.make
+    make = federation.make_client
 
     def watched(number):
         client = make(number)
         watch(client.half[0], "client")
         return client
 
-    federation.make = watched
+    federation.make_client = watched
     watch(federation.server.half[0], "server")
     for round in range(3):
         federation.round(round)
@@ -222,7 +222,7 @@ def test_splitfed_is_local_sgd_and_a_mean_by_samples():
     for group in optimizer.param_groups:
         group.update(lr=0.03, weight_decay=federation.server.optimizer.param_groups[0]["weight_decay"])
     halves = [copy.deepcopy(federation.base) for _ in range(4)]
-    batches = [federation.make(m).batch for m in range(4)]
+    batches = [federation.make_client(m).batch for m in range(4)]
     samples = torch.tensor([float(len(batch(0)[1])) for batch in batches])
     assert len(set(samples.tolist())) > 1
     for round in range(2):
@@ -278,7 +278,7 @@ def test_a_splitfed_client_that_is_lost_on_the_way_costs_nobody_else_the_round(a
     assert not torch.equal(federation.server.ledger.weights, before)
     federation.round(2)
     assert federation.server.refused == federation.messenger.complaints == []
-    assert federation.replicas().equal
+    assert federation.compare_replicas().equal
 
 
 @pytest.mark.parametrize(("rule", "moves"), [("sgd", (1.0, 1.0)), ("momentum", (1.0, 1.9)), ("adamw", (1.0, 1.0))])
@@ -307,7 +307,7 @@ def test_coarse_halves_learn_by_small_steps():
 
 def loss_of(federation, task, number, round):
     """A client's loss in float64 as a function of moves of its half and of the server's, flat."""
-    x, y = federation.make(number).batch(round)
+    x, y = federation.make_client(number).batch(round)
     halves = [copy.deepcopy(half).double().eval() for half in (federation.base, federation.server.half)]
     starts = [flat(half) for half in halves]
 
@@ -414,7 +414,7 @@ def test_servers_refuse_wrong_displaced_cuts(method):
     server.loss = measured
     assert all(torch.equal(v, state[k]) for k, v in server.half.state_dict().items())
     server.commit(0, [])
-    assert federation.replicas().digest == federation.make(0).digest()
+    assert federation.compare_replicas().digest == federation.make_client(0).digest()
 
 
 @pytest.mark.parametrize("method", ["ho", "first-order", "splitfed"])

@@ -372,7 +372,7 @@ def test_a_run(estimator, dtype, monkeypatch):
     for round in range(3):
         run.round(round)
     assert calls == [5] * 9
-    assert run.replicas().equal
+    assert run.compare_replicas().equal
     assert run.server.passes["client forward"] == 9 * 16 * (1 + (10 if estimator == "two-sided" else 5))
 
 

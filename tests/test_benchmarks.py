@@ -15,7 +15,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_session, liars, ops, per_weight, readme, report, steps, test_steps
+from benchmarks import (
+    gpu,
+    gpu_session,
+    learning_tables,
+    liars,
+    ops,
+    per_weight,
+    report,
+    speed_tables,
+    steps,
+    study_tables,
+    tables,
+    test_steps,
+)
 from benchmarks.contenders import CONTENDERS, DECOMFL, LIST_ROOF, MEZO, ROOF
 from benchmarks.shapes import LISTS
 from benchmarks.test_memory import SMALL, bound
@@ -39,7 +52,7 @@ def test_a_part_that_fails_costs_no_other(tmp_path, monkeypatch, capsys):
             share = 1e-9 if name == "hangs" else 1.0
             yield gpu_session.Part(name, [sys.executable, "-c", source], share, environment={"SHOWN": "yes"})
         source = "import sys; print(*sys.argv[1:])"
-        yield gpu_session.Part("ends", [sys.executable, "-c", source], 0.5, ends=True)
+        yield gpu_session.Part("ends", [sys.executable, "-c", source], 0.5, takes_seconds=True)
         yield gpu_session.Part("absent", ["nothing"], missing="there is no such tool")
         yield gpu_session.Part("nowhere", [str(tmp_path / "no such program")])
 
@@ -70,7 +83,7 @@ def test_the_parts_are_there(tmp_path, monkeypatch):
     assert list(found) == ["install", "nvcc", "bits", "rows", "tests", "sanitizer", "sweep"]
     assert found["nvcc"].missing == "there is no GPU"
     assert found["sanitizer"].missing
-    assert not found["sweep"].ends
+    assert not found["sweep"].takes_seconds
     assert found["sweep"].environment["TRITON_INTERPRET"] == "1"
     assert "HOSFL_CUDA" not in found["install"].environment  # an nvcc that fails costs the C++ kernels nothing
     for part in found.values():
@@ -85,7 +98,7 @@ def test_the_parts_are_there(tmp_path, monkeypatch):
     assert not found["nvcc"].missing
     assert found["sanitizer"].command[0] == "/usr/bin/compute-sanitizer"
     assert not found["sanitizer"].missing
-    assert found["sweep"].ends
+    assert found["sweep"].takes_seconds
     assert not found["sweep"].environment
 
 
@@ -126,7 +139,7 @@ import sys
 from benchmarks import gpu_session
 
 gpu_session.parts = lambda *options: [gpu_session.Part("hangs", [sys.executable, "-c", {CHILD!r}])]
-gpu_session.end_in_order()
+gpu_session.exit_on_signals()
 gpu_session.main(["--out", {str(tmp_path)!r}])
 """
     session = subprocess.Popen([sys.executable, "-c", program], cwd=gpu_session.ROOT)
@@ -415,8 +428,8 @@ def test_the_figure_of_numbers_per_weight(tmp_path):
     """It is drawn, of all studies, and one is committed."""
     per_weight.draw(tmp_path / "numbers.png")
     assert (tmp_path / "numbers.png").read_bytes()[:4] == b"\x89PNG"
-    studies = {point.study for point in readme.numbers_of(readme.load_result(readme.ALL_STUDIES))}
-    assert studies == set(readme.MOVING)
+    studies = {point.study for point in study_tables.numbers_of(tables.load_result(tables.ALL_STUDIES))}
+    assert studies == set(study_tables.TRAINED_WEIGHTS)
     assert per_weight.OUT.exists()
 
 
@@ -455,7 +468,7 @@ def test_a_step_and_its_passes_take_turns(enabled, monkeypatch):
     """Where every second round is four times as slow, a step of twice its passes is one all the same."""
     now, ran = [0.0], []
     monkeypatch.setattr(test_steps.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(test_steps, "growth", lambda work, device: 5)
+    monkeypatch.setattr(test_steps, "peak_growth", lambda work, device: 5)
 
     def takes(name, seconds):
         ran.append(name)
@@ -500,19 +513,19 @@ def test_ops_are_set_beside_the_roof_and_drawn(tmp_path, monkeypatch):
     assert ratio[MEZO, "float32", of] == expected
     assert ratio[MEZO, "float32", "1,024"] == seconds[ROOF, "float32", "1,024"] / seconds[MEZO, "float32", "1,024"]
     assert ratio["hosfl replay_ 8 gaussian", "float32", "1,024 by 8 records"] is None
-    table = readme.ops(found)
+    table = speed_tables.ops(found)
     assert f"| {MEZO}, float32 | {seconds[MEZO, 'float32', of] * 1e6:,.0f} ({expected:.2f}) |" in table
 
 
 def test_what_no_gpu_has_measured_is_said(tmp_path, tiny):
-    assert readme.gpu(None).startswith("Not measured")
+    assert speed_tables.gpu(None).startswith("Not measured")
     _, found = tiny()
     found["rows"][0] = {"group": "roof", "name": "broken", "failed": "out of luck", "seconds": 1.0}
-    table = readme.gpu(found)
+    table = speed_tables.gpu(found)
     assert "| roof: broken | out of luck |" in table
     assert "cut short" not in table
     assert len(table.splitlines()) == 4 + len(found["rows"])
-    assert "cut short" in readme.gpu({**found, "complete": False})
+    assert "cut short" in speed_tables.gpu({**found, "complete": False})
 
 
 def test_only_projections_on_a_gpu_may_hold_more_than_a_megabyte(monkeypatch):
@@ -556,14 +569,14 @@ def test_the_machine_and_how_tables_name_it():
     assert here["memory"] > 1e9
     here = {**here, "processor": "P", "cores": 4, "threads": 1, "gpu": None}
     here["instruction_sets"] = {"hosfl": "avx2", "torch": "AVX512"}
-    line = readme._machine({"machine": here})
+    line = tables.describe_machine({"machine": here})
     assert line.startswith("P, 4 cores, 1 thread, instruction sets: hosfl avx2, torch AVX512; Python ")
     rows = [{"threads": 1}, {"threads": 2}, {}]
-    assert "P, 4 cores, 1 and 2 threads, " in readme._machine({"machine": here, "rows": rows})
-    assert readme._machine({"machine": {**here, "gpu": "G"}}).startswith("G; P, ")
+    assert "P, 4 cores, 1 and 2 threads, " in tables.describe_machine({"machine": here, "rows": rows})
+    assert tables.describe_machine({"machine": {**here, "gpu": "G"}}).startswith("G; P, ")
     del here["instruction_sets"]  # an older file
     here["backends"] = {"cpp": "baseline of baseline, avx2"}
-    assert "1 thread, instruction sets: hosfl baseline; Python" in readme._machine({"machine": here})
+    assert "1 thread, instruction sets: hosfl baseline; Python" in tables.describe_machine({"machine": here})
 
 
 # --- python -m benchmarks.liars -----------------------------------------------------------------------------------
@@ -579,7 +592,7 @@ def test_every_lie_has_a_row(monkeypatch, tmp_path):
     assert (
         found["settings"]["median"] | {"rounds": 1, "batch": 4, "aggregation": "median"} == found["settings"]["median"]
     )
-    table = readme.liars(found)
+    table = learning_tables.liars(found)
     assert "of 5 clients" in table
     assert "every one of 1 rounds" in table
     assert len(table.splitlines()) == 1 + 2 * (3 + 2 + 1 + len(liars.LIES))

@@ -18,7 +18,7 @@ from torch import nn
 
 from hosfl import Config, Task, rebuild, train
 from hosfl.engines.engine import Reply
-from hosfl.engines.in_process import InProcess
+from hosfl.engines.in_process import InProcessEngine
 from hosfl.methods import METHODS, calibration
 from hosfl.methods.tensors import decoded as decode
 from hosfl.protocol.endpoint import AnotherRun, Endpoint
@@ -42,7 +42,7 @@ from hosfl.runs.config import with_shared
 from hosfl.runs.evaluate import evaluate
 from hosfl.runs.faults import Faults
 from hosfl.runs.federation import Federation
-from hosfl.runs.join import AllClients
+from hosfl.runs.join import WorkerFactory
 from hosfl.runs.serve import Transport
 from hosfl.runs.simulate import simulate
 from hosfl.tasks.items import Batches
@@ -106,7 +106,7 @@ def test_the_statistics_are_those_that_one_gets_by_hand(task, aggregation):
     half = copy.deepcopy(federation.base)
     rows, counts = [], []
     for number in range(4):
-        mine = federation.make(number).batch.data
+        mine = federation.make_client(number).batch.data
         batches = Batches(mine, BATCH, 0, number, purpose=Purpose.CALIBRATION)
         drawn = [batches(k)[0] for k in range(CALIBRATE)]
         counts.append(sum(len(x) for x in drawn))
@@ -269,7 +269,7 @@ def test_hostile_calibration_is_refused(task, name):
     message, _ = HOSTILE[name]
     if isinstance(message, Statistics):
         message = Calibration(client=message.client, round=0, statistics=message.statistics)
-    client = made(task).make(0)
+    client = made(task).make_client(0)
     before = client.digest()
     with pytest.raises(MessageError):
         client.calibrate(message)
@@ -283,7 +283,7 @@ def test_hostile_calibration_is_refused(task, name):
 
 def test_mutated_bytes_change_nothing(task):
     federation, chance = made(task), random.Random(0)
-    server, client = federation.server, federation.make(0)
+    server, client = federation.server, federation.make_client(0)
     endpoint = Endpoint(client, calibrates=True)
     whole = [
         encode(statistics()),
@@ -323,10 +323,10 @@ def test_mutated_bytes_change_nothing(task):
 
 def test_a_client_knows_what_it_is_told(task):
     federation = made(task)
-    newcomer = federation.make(0)
+    newcomer = federation.make_client(0)
     assert torch.equal(of(newcomer.half), of(task.model[:6]))
     assert not torch.allclose(of(federation.base), of(newcomer.half), atol=0.1)
-    assert federation.join(newcomer)
+    assert federation.catch_up(newcomer)
     assert torch.equal(of(newcomer.half), of(federation.base))
 
     class Lossy(Wire):
@@ -334,12 +334,12 @@ def test_a_client_knows_what_it_is_told(task):
             return None if isinstance(messages[0], Calibration) else super().carry(client, messages)
 
     federation.messenger.wire = Lossy()
-    away = federation.make(1)
-    assert not federation.join(away)
+    away = federation.make_client(1)
+    assert not federation.catch_up(away)
     assert not away.calibrated
     federation.messenger.wire = Wire()
-    assert federation.join(away)
-    assert federation.replicas().equal
+    assert federation.catch_up(away)
+    assert federation.compare_replicas().equal
 
 
 def test_with_nobody_acceptable_nothing_changes(task, monkeypatch, caplog):
@@ -352,11 +352,11 @@ def test_with_nobody_acceptable_nothing_changes(task, monkeypatch, caplog):
     assert federation.messenger.complaints.total == 3
     assert "1 value per channel" in federation.messenger.complaints[0]
     assert "those of the model stay" in caplog.text
-    assert federation.join(federation.make(0))
+    assert federation.catch_up(federation.make_client(0))
 
 
 def test_training_s_batches_stay_what_they_were(task):
-    one, other = (made(task, calibrate=n).make(1).batch for n in (0, CALIBRATE))
+    one, other = (made(task, calibrate=n).make_client(1).batch for n in (0, CALIBRATE))
     for round in range(4):
         assert torch.equal(one(round)[0], other(round)[0])
         own = replace(other, purpose=Purpose.CALIBRATION)(round)[0]
@@ -483,7 +483,7 @@ class Apart(Elsewhere):
 
 
 def everybody(files, clients):
-    return InProcess(AllClients(files)(), clients)
+    return InProcessEngine(WorkerFactory(files)(), clients)
 
 
 def alike(here, there):
@@ -496,7 +496,7 @@ def alike(here, there):
 def test_the_order_in_which_statistics_come_is_nothing(task, monkeypatch):
     """A sum rounds otherwise in another order; and clients of this process leave as they do after a round."""
 
-    class Backwards(InProcess):
+    class Backwards(InProcessEngine):
         def ask(self, messages, deadline=None):
             yield from reversed(list(super().ask(messages, deadline)))
 
@@ -637,7 +637,7 @@ def test_calibration_waits_for_statistics_that_count(task, monkeypatch):
     wrong = {0: encode(statistics(samples=0)), 1: b"junk"}
     federation, _ = assemble(Config(task="", **settings(sampled=4)), task=task)
     answer = federation.messenger.engine.answer
-    federation.messenger.engine = InProcess(lambda number, data: wrong.get(number) or answer(number, data), 4)
+    federation.messenger.engine = InProcessEngine(lambda number, data: wrong.get(number) or answer(number, data), 4)
     federation.enough = 1
     running, came = federation.server.statistics, []
     commit = running.commit

@@ -40,28 +40,28 @@ def test_texts_are_first_paragraphs_and_names_become_words(tmp_path):
         '    def accents(self):\n        """A naïve way of it."""\n'
     )
     found = [("http server of 2", "Serve what one asks for."), ("close all", "Close all that is open.")]
-    assert list(decoder.described(file)) == found
+    assert list(decoder.functions_of(file)) == found
 
 
 def test_no_text_occurs_twice(package):
     found = decoder.functions([package])
     assert len(found) == len(VERBS) * len(THINGS)  # again.py says the same in other letters; tests are left out
-    chosen = decoder.parted(found, PARTS)
+    chosen = decoder.divide(found, PARTS)
     assert [len(some) for some in chosen.values()] == [*PARTS.values(), 12]
     assert sorted(function for some in chosen.values() for function in some) == sorted(set(found))
     assert decoder.functions([package]) == found
     with pytest.raises(ValueError, match="36 functions are too few"):
-        decoder.parted(found, {"train": 36})
+        decoder.divide(found, {"train": 36})
 
 
 def test_perplexity_of_a_model_that_knows_nothing():
-    end = decoder.tokenizer_of(["some words"], 300)
+    end = decoder.train_tokenizer(["some words"], 300)
     config = transformers.LlamaConfig(
         vocab_size=300, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
     )
     model = transformers.LlamaForCausalLM(config)
     torch.nn.init.zeros_(model.lm_head.weight)
-    rows = decoder.rows_of(["some words", "words"], end, 2)
+    rows = decoder.pack_rows(["some words", "words"], end, 2)
     assert end.decode(rows[0]).startswith("<end>")
     assert math.isclose(decoder.perplexity(model, rows, 2), 300, rel_tol=1e-4)
 

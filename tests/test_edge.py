@@ -30,10 +30,10 @@ from hosfl.edge.data import Batches, Samples, read_samples, samples_of
 from hosfl.edge.export import ExportError
 from hosfl.edge.half import Half, HalfError
 from hosfl.edge.join import join, make_client
-from hosfl.engines.ending import Ending
 from hosfl.engines.engine import JoinError
-from hosfl.engines.in_process import InProcess
+from hosfl.engines.in_process import InProcessEngine
 from hosfl.engines.saved_state import SavedState
+from hosfl.engines.signals import StopOnSignal
 from hosfl.methods import travel as with_torch
 from hosfl.methods.tensors import tensor
 from hosfl.protocol.endpoint import AnotherRun
@@ -55,11 +55,11 @@ from hosfl.protocol.messages import (
     unpack,
 )
 from hosfl.runs.assemble import assemble, partition
-from hosfl.runs.serve import Transport, offered
+from hosfl.runs.serve import Transport, offered_files
 from hosfl.tasks import items
 from hosfl.tasks.data import Dataset
 from hosfl.tasks.reading import DataError
-from hosfl.tasks.text import own_texts
+from hosfl.tasks.text import read_client_texts
 
 SETTINGS = {"rounds": 6, "clients": 3, "sampled": 3, "batch": 8, "directions": 4, "digest_every": 2, "seed": 5}
 FRESH = {"directions_from": "fresh"}
@@ -170,7 +170,7 @@ def made(way, **more):
     federation, task = assemble(Config(**settings), task=task)
     key = repr((way, more))
     if key not in OFFERED:
-        OFFERED[key] = federation.id, offered(federation, edge=True)
+        OFFERED[key] = federation.id, offered_files(federation, edge=True)
     federation.id, files = OFFERED[key]
     return federation, task, dict(files)
 
@@ -251,7 +251,7 @@ def test_beside_clients_with_torch(way, tmp_path):
         heard.setdefault(number, []).append((decode(theirs), decode(said), decode(unpack(data)[-1])))
         return said
 
-    federation.messenger.engine = InProcess(answer, 3)
+    federation.messenger.engine = InProcessEngine(answer, 3)
     before = edges[1].client.replica.digest()
     losses = [federation.round(0)]
     assert edges[1].client.replica.digest() == before  # probing leaves no trace
@@ -269,7 +269,7 @@ def test_beside_clients_with_torch(way, tmp_path):
     losses += [federation.round(round) for round in range(1, 6)]
     assert federation.refused == []
     assert np.isfinite(losses).all()
-    found = federation.replicas()
+    found = federation.compare_replicas()
     assert (found.equal, found.clients, found.odd) == (True, 4, {})
     assert edges[1].client.applied == 6
     assert edges[1].client.digest() == found.digest
@@ -290,8 +290,8 @@ def test_a_probe_runs_from_its_block_on(way, pieces, blocks, tmp_path, monkeypat
     """So what lies in front runs once a round, and what lies between two blocks once more at most."""
     federation, task, files = made(way)
     edge = endpoint(files, 1, tmp_path / "1", saved(partition(task, federation.config)[1], tmp_path / "own.npz"))
-    half, run = edge.client.half, federation.make(0).run
-    assert (half.pieces, len(federation.make(0).begins)) == (pieces, blocks)
+    half, run = edge.client.half, federation.make_client(0).run
+    assert (half.pieces, len(federation.make_client(0).begins)) == (pieces, blocks)
     ran, one = [0] * pieces, Half._run
 
     def counted(self, session, *given):
@@ -337,10 +337,10 @@ def test_running_statistics(way, dtype, apart, tmp_path):
         heard.setdefault(number, []).append((decode(theirs), decode(said)))
         return said
 
-    federation.messenger.engine = InProcess(answer, 3)
+    federation.messenger.engine = InProcessEngine(answer, 3)
     federation.messenger.engine.present = lambda: {0, 1}
     federation.calibrate()
-    federation.messenger.engine = InProcess(answer, 3)
+    federation.messenger.engine = InProcessEngine(answer, 3)
     assert list(heard) == [0, 1]
     ((theirs, mine),) = heard[1]
     assert type(theirs) is type(mine) is Statistics
@@ -356,7 +356,7 @@ def test_running_statistics(way, dtype, apart, tmp_path):
             if type(mine) is Cut and mine.round == 0:
                 one, other = (travel.unpacked(cut.cut, cut.scales, dtype) for cut in (mine, theirs))
                 assert np.allclose(one, other, rtol=0, atol=apart * np.abs(other).max())
-    found = federation.replicas()
+    found = federation.compare_replicas()
     assert (found.equal, found.clients) == (True, 4)
     assert edges[2].client.digest() == found.digest
     assert not any(np.array_equal(a, b) for a, b in zip(edges[2].client.half.statistics, models, strict=True))
@@ -450,7 +450,7 @@ def test_a_half_in_bfloat16(way, tmp_path):
             cuts.append((decode(theirs), decode(said)))
         return said
 
-    federation.messenger.engine = InProcess(answer, 3)
+    federation.messenger.engine = InProcessEngine(answer, 3)
     losses = [federation.round(round) for round in range(4)]
     assert np.isfinite(losses).all()
     assert (federation.refused, federation.messenger.complaints) == ([], [])
@@ -463,7 +463,7 @@ def test_a_half_in_bfloat16(way, tmp_path):
     if "backward" in way:
         scalars = cuts[1][0].scalars
         assert np.abs(measured.scalars - scalars).max() < 0.05 * np.abs(scalars).max()
-    found = federation.replicas()
+    found = federation.compare_replicas()
     assert (found.equal, found.clients) == (True, 4)
     assert edges[1].client.digest() == found.digest
     kept = SavedState(tmp_path / "state.safetensors", b"run", edges[1].client)
@@ -492,11 +492,11 @@ def test_a_client_that_was_away_and_one_that_is_wrong(tmp_path):
         said.append(decode(edge.answer(data)) if number == 1 else decode(federation.endpoint(number).answer(data)))
         return encode(said[-1])
 
-    federation.messenger.engine = InProcess(answer, 3)
+    federation.messenger.engine = InProcessEngine(answer, 3)
     edge.client.replica.tensors[0][...] += 0.25
     federation.round(3)
     assert [type(m) for m in said if m.client == 1] == [Hello, Differs, Cut, Scalars]
-    assert federation.replicas().equal
+    assert federation.compare_replicas().equal
 
 
 def ask(files, *before, kind=Invitation, number=1, round=0):
@@ -671,7 +671,7 @@ import signal, sys
 import onnx
 import onnxruntime
 from onnx import TensorProto, helper
-from hosfl.engines.ending import Ending
+from hosfl.engines.signals import StopOnSignal
 
 flag, x = helper.make_tensor_value_info("flag", TensorProto.BOOL, []), helper.make_tensor_value_info("x", 1, [1])
 times, kept = helper.make_tensor_value_info("times", TensorProto.INT64, []), helper.make_tensor_value_info("y", 1, [1])
@@ -683,7 +683,7 @@ go = helper.make_tensor("go", TensorProto.BOOL, [], [True])
 model = helper.make_model(helper.make_graph([loop], "g", [x], [kept], [go]), ir_version=10)
 model.opset_import[0].version = 18
 session = onnxruntime.InferenceSession(model.SerializeToString())
-with Ending("client 0 of run run"):
+with StopOnSignal("client 0 of run run"):
     print("ready", flush=True)
     session.run(None, {"x": [0.0]})
 """
@@ -708,7 +708,7 @@ def test_a_graph_without_end_is_ended_by_the_second_signal():
 @pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
 def test_the_line_of_a_client_puts_the_handlers_of_signals_back():
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    with Ending("client 0 of run run"):
+    with StopOnSignal("client 0 of run run"):
         assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] != before
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
@@ -809,7 +809,7 @@ def test_runs_that_a_server_does_not_offer():
     ]:
         federation, _ = assemble(Config(**{"clients": 3, "sampled": 3} | settings))
         with pytest.raises(ValueError, match=why):
-            Transport(InProcess(lambda number, data: b"", 3), edge=True).connect(federation)
+            Transport(InProcessEngine(lambda number, data: b"", 3), edge=True).connect(federation)
 
 
 @pytest.mark.parametrize("estimator", ["one-sided", "backward"])
@@ -833,9 +833,9 @@ def test_a_graph_is_tried_on_the_longest_texts_that_clients_send(estimator):
     task = Task(model, train, (tokens, labels), nn.functional.cross_entropy, at=1)
     config = {**SETTINGS, **FRESH, "task": "", "server_rate": 0.05, "client_rate": 0.1, "partition": "iid"}
     federation, _ = assemble(Config(**config | {"estimator": estimator, "seed": 6}), task=task)
-    assert federation.make(0).batch(0)[0]["input_ids"].shape[1] == 7
+    assert federation.make_client(0).batch(0)[0]["input_ids"].shape[1] == 7
     with pytest.raises(ExportError, match="of 4 samples of 12 tokens numbers differ"):
-        offered(federation, edge=True)
+        offered_files(federation, edge=True)
 
 
 SMALL = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -1034,7 +1034,7 @@ def test_texts_are_the_tokens_that_a_client_with_torch_has(tmp_path, monkeypatch
     vocabulary = {word: n for n, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words])}
     transformers.BertTokenizerFast(vocab=vocabulary).save_pretrained(tmp_path)
     transformers.BertConfig(vocab_size=len(vocabulary)).save_pretrained(tmp_path)
-    theirs = own_texts(Config(task="sst2", model=str(tmp_path)), tmp_path / "train.tsv", 64)
+    theirs = read_client_texts(Config(task="sst2", model=str(tmp_path)), tmp_path / "train.tsv", 64)
     assert theirs.inputs["input_ids"].shape == (3, 64)
     (tmp_path / "train.tsv").rename(tmp_path / "reviews.tsv")
     monkeypatch.chdir(tmp_path)

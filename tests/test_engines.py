@@ -15,7 +15,7 @@ import pytest
 from broker import Plain
 
 from hosfl.engines.engine import EngineError, Reply
-from hosfl.engines.in_process import InProcess
+from hosfl.engines.in_process import InProcessEngine
 
 CLIENTS = 3
 MB = 1 << 20
@@ -31,7 +31,7 @@ class Here:
 
     def __init__(self, request):
         self.answers = dict.fromkeys(range(CLIENTS), answers.reverse)
-        self.engine = InProcess(lambda number, data: self.answers[number](data), CLIENTS)
+        self.engine = InProcessEngine(lambda number, data: self.answers[number](data), CLIENTS)
 
     def join(self, number, answer="reverse"):
         self.answers[number] = answer_of(answer)

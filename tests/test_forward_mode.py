@@ -9,7 +9,7 @@ from test_probe import peak_bytes
 from test_split import IMAGES, TEXT, ResNet, differentiable, image_model, text, text_model
 from torch import nn
 
-from benchmarks.readme import RESULTS
+from benchmarks.tables import RESULTS
 from hosfl import Config, Task, train
 from hosfl.halves.inputs import call, evaluating
 from hosfl.halves.split import split

@@ -12,7 +12,7 @@ from torch import nn
 
 from hosfl import Task
 from hosfl.engines.engine import Reply
-from hosfl.engines.in_process import InProcess
+from hosfl.engines.in_process import InProcessEngine
 from hosfl.methods.state import pack_optimizer
 from hosfl.methods.tensors import decoded
 from hosfl.protocol.messages import (
@@ -38,7 +38,7 @@ LIAR, LAST = 1, 2  # the last client's message is not taken before the liar's
 SMALL = {"clients": 3, "sampled": 3, "batch": 4, "directions": 2, "directions_from": "fresh", "partition": "iid"}
 
 
-class WithLiar(InProcess):
+class WithLiar(InProcessEngine):
     """Two clients as they should be; what another says, `lie` makes of what it was asked and what it ought to say.
 
     lie: None: it is not there.
@@ -64,8 +64,8 @@ def outcome(rounds, lie, task=None, **settings):
     federation.messenger.engine = WithLiar(federation, lie)
     losses = [federation.round(round) for round in range(rounds)]
     state = [t.clone() for t in federation.server.half.state_dict().values()]
-    newcomer = federation.make(0)
-    assert federation.join(newcomer)
+    newcomer = federation.make_client(0)
+    assert federation.catch_up(newcomer)
     return federation, losses, newcomer.digest(), state
 
 
@@ -276,7 +276,7 @@ def test_who_is_refused_is_told_why_in_the_next_round(what):
         honest = federation.endpoint(number).answer(data)
         return lie(data, honest) if number == LIAR and round == 0 else honest
 
-    federation.messenger.engine = InProcess(answer, 3)
+    federation.messenger.engine = InProcessEngine(answer, 3)
     for round in range(3):
         federation.round(round)
         assert len(told[LIAR]) == (round > 0)
@@ -355,7 +355,7 @@ def test_a_client_that_says_nothing_costs_nobody_else_a_round(monkeypatch):
         assert federation.messenger.failures == {LIAR: "late"}
         assert engine.now - before <= 60.0
     federation.messenger.positions.clear()
-    assert federation.replicas().clients == 2 + 1  # and a newcomer
+    assert federation.compare_replicas().clients == 2 + 1  # and a newcomer
 
 
 def test_a_client_that_differs_for_ever_is_asked_a_few_times():

@@ -20,7 +20,7 @@ from torch import nn
 
 from hosfl import commands, train
 from hosfl.engines.engine import EngineError, JoinError, Reply
-from hosfl.engines.in_process import InProcess
+from hosfl.engines.in_process import InProcessEngine
 from hosfl.engines.joining import fetch_file
 from hosfl.engines.saved_state import SavedState
 from hosfl.files import RunFolderError
@@ -33,9 +33,9 @@ from hosfl.runs import serve, trainer
 from hosfl.runs.assemble import assemble
 from hosfl.runs.attendance import read_events
 from hosfl.runs.config import Config, with_shared
-from hosfl.runs.join import AllClients, Clients, join, own_data, settings_of
+from hosfl.runs.join import ClientFactory, WorkerFactory, join, read_client_data, read_run
 from hosfl.runs.serve import Events, Transport
-from hosfl.runs.serve import offered as offered_by
+from hosfl.runs.serve import offered_files as offered_by
 from hosfl.runs.status import lines
 
 SMALL = {"rounds": 4, "clients": 3, "sampled": 2, "batch": 8, "directions": 3, "evaluate_every": 4, "snapshot_every": 2}
@@ -56,11 +56,11 @@ RATES = {"server_rate": 0.05, "client_rate": 0.01}
 
 def client_of(run, config, base, number):
     """The client of a process of its own."""
-    clients = Clients(run, config, base)
+    clients = ClientFactory(run, config, base)
     return clients.endpoint(number, clients.samples(number), alone=True)
 
 
-class Elsewhere(InProcess):
+class Elsewhere(InProcessEngine):
     """Clients that are made of what is offered alone. own: the task and the method that they name themselves."""
 
     def __init__(self, clients, **own):
@@ -72,7 +72,7 @@ class Elsewhere(InProcess):
 
     def reply(self, number, data):
         if number not in self.endpoints:
-            run, config = settings_of(self.files["run"], **self.own)
+            run, config = read_run(self.files["run"], **self.own)
             self.endpoints[number] = client_of(run, config, self.files["base"], number)
         return self.endpoints[number].answer(data)
 
@@ -104,7 +104,7 @@ def test_one_process_for_everybody(way, tmp_path):
 
 
 def everybody(files, clients):
-    return InProcess(pickle.loads(pickle.dumps(AllClients(files)))(), clients)
+    return InProcessEngine(pickle.loads(pickle.dumps(WorkerFactory(files)))(), clients)
 
 
 @pytest.mark.parametrize("way", ["each alone", "everybody"])
@@ -135,7 +135,7 @@ def test_a_machine_that_lacks_a_file(name, tmp_path, monkeypatch):
     inner = OWN[name].rpartition(":")[2]
     config = Config(**SMALL | OWN | RATES | {name: f"mine.py:{inner}"})
     federation, _ = assemble(config)
-    made = AllClients(offered_by(federation))
+    made = WorkerFactory(offered_by(federation))
     file.unlink()
     with pytest.raises(JoinError, match=f"has no {file}, where the run's {name} is: every machine has to have"):
         made()
@@ -171,7 +171,7 @@ def test_the_engine_of_one_process():
         asked.append(number)
         return data[::-1]
 
-    engine = InProcess(answer, 3)
+    engine = InProcessEngine(answer, 3)
     assert engine.present() == {0, 1, 2}
     big = bytes(range(256)) * 4096
     assert list(engine.ask({2: b"", 0: big})) == [Reply(2, b""), Reply(0, big[::-1])]
@@ -226,35 +226,35 @@ def changed(files, **settings):
 )
 def test_a_run_that_is_refused(run, settings, says):
     with pytest.raises(JoinError, match=says):
-        settings_of(changed(run.files, **settings))
+        read_run(changed(run.files, **settings))
 
 
 def test_one_s_own_where_the_run_s_is_the_library_s(run):
     for own in ({"task": OWN["task"]}, {"method": OWN["method"]}):
         (name,) = own
         with pytest.raises(JoinError, match=f"the library's: leave out --{name}"):
-            settings_of(run.files["run"], **own)
+            read_run(run.files["run"], **own)
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff", b"[]", b"{}", b"null", b'{"settings": {}}', b"[" * 100_000])
 def test_what_is_no_run(data):
     with pytest.raises(JoinError, match="is no run"):
-        settings_of(data)
+        read_run(data)
 
 
 def test_a_run_of_another_format(run):
     with pytest.raises(JoinError, match="of format 3, this is 4: update hosfl"):
-        settings_of(json.dumps(json.loads(run.files["run"]) | {"format": 3}).encode())
+        read_run(json.dumps(json.loads(run.files["run"]) | {"format": 3}).encode())
 
 
 def test_a_base_that_is_not_the_run_s(run):
-    told, config = settings_of(run.files["run"])
+    told, config = read_run(run.files["run"])
     with pytest.raises(JoinError, match="SHA-256"):
         client_of(told, config, run.files["base"][:-1] + b"\0", 0)
     other = {**told, "log": "0" * 64}
     with pytest.raises(JoinError, match="not the server's"):
         client_of(other, config, run.files["base"], 0)
-    told, config = settings_of(changed(run.files, trains="biases"))
+    told, config = read_run(changed(run.files, trains="biases"))
     with pytest.raises(JoinError, match="not the server's"):
         client_of(told, config, run.files["base"], 0)
 
@@ -319,8 +319,8 @@ def test_measures_that_are_not_the_run_s(measures, says, tmp_path):
     told = json.loads(files["run"])
     told["measures"] |= measures
     with pytest.raises(JoinError, match=says):
-        run, config = settings_of(json.dumps(told).encode())
-        Clients(run, config, files["base"])
+        run, config = read_run(json.dumps(told).encode())
+        ClientFactory(run, config, files["base"])
 
 
 class Direct:
@@ -338,7 +338,7 @@ class Direct:
 
 
 def test_a_client_keeps_its_base_and_its_state(run, tmp_path, caplog):
-    told, config = settings_of(run.files["run"])
+    told, config = read_run(run.files["run"])
     done = run.endpoints[0].client
     assert done.applied == 4
     kept = SavedState(tmp_path / "state.safetensors", told["id"], done)
@@ -456,7 +456,7 @@ class LivesOn:
 
     def serve(self, answer):
         for start in self.starts:
-            engine = InProcess(lambda number, data: answer(data), 1)
+            engine = InProcessEngine(lambda number, data: answer(data), 1)
             engine.offer = self.offer
             self.found.append(start(Transport(engine)))
 
@@ -546,7 +546,7 @@ def test_the_next_run_is_none_that_the_client_can_join(run, tmp_path):
 @pytest.mark.parametrize("id", ["", "00", "0" * 15 + "g", 7, None])
 def test_an_id_that_is_none(run, id):
     with pytest.raises(JoinError, match="is no run"):
-        settings_of(json.dumps(json.loads(run.files["run"]) | {"id": id}).encode())
+        read_run(json.dumps(json.loads(run.files["run"]) | {"id": id}).encode())
 
 
 def test_two_processes_of_one_client(run, tmp_path):
@@ -570,12 +570,12 @@ def test_a_client_s_own_data(tmp_path):
         "import torch\ndef data():\n    return torch.zeros(7, 1, 8, 8), torch.arange(7)\n"
     )
     for name, count in (("mine.npz", 5), ("mine.safetensors", 6), ("mine.py:data", 7)):
-        assert len(own_data(str(tmp_path / name), config, 1)) == count
+        assert len(read_client_data(str(tmp_path / name), config, 1)) == count
     np.savez(tmp_path / "evil.npz", inputs=np.array([print], object), labels=labels)
     with pytest.raises(ValueError, match="allow_pickle"):
-        own_data(str(tmp_path / "evil.npz"), config, 1)
+        read_client_data(str(tmp_path / "evil.npz"), config, 1)
     with pytest.raises(ValueError, match="the task digits reads no files"):
-        own_data(str(tmp_path), config, 1)
+        read_client_data(str(tmp_path), config, 1)
 
 
 class Rubbish(Elsewhere):

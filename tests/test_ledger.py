@@ -25,7 +25,7 @@ from hosfl.protocol.messages import Differs, Hello, MessageError, Multiplier, Po
 from hosfl.protocol.records import DigestRecord, EpochRecord
 from hosfl.protocol.replica import DigestMismatch, Replica, digest_array, to_records
 from hosfl.protocol.terms import Pool
-from hosfl.runs.checkpoint import header_of, rebuild, save_module
+from hosfl.runs.checkpoint import make_header, rebuild, save_module
 from hosfl_kernels import AdamW, spec
 
 ROUNDS = 37  # three generations of the pool and a bit
@@ -194,7 +194,7 @@ def test_probing_on_a_coarser_lattice_leaves_no_trace():
 def test_a_coarser_lattice_is_in_the_log_and_void_with_its_round(tmp_path):
     made = growing("moves")
     save_module(made.half, tmp_path / "base.safetensors")
-    with Log.create(tmp_path / "log", header_of(made.run, made.half, {}), sync="never") as log:
+    with Log.create(tmp_path / "log", make_header(made.run, made.half, {}), sync="never") as log:
         made.ledger.log = log
         made.play(ROUNDS)
         first, *_, last = coarsenings(made)
@@ -223,7 +223,7 @@ def test_a_rebuilt_model_has_its_tied_weights_under_all_their_names(tmp_path):
     base = [p.detach().clone() for p in parameters]
     ledger = SeedReplay(run, FreshStep(run, lambda r: 0.05), Replica(parameters, streams, run, lambda: base))
     save_module(half, tmp_path / "base.safetensors")
-    with Log.create(tmp_path / "log", header_of(run, half, {}), sync="never") as ledger.log:
+    with Log.create(tmp_path / "log", make_header(run, half, {}), sync="never") as ledger.log:
         Small(half, run, ledger).play(5)
     tensors, _ = rebuild(tmp_path / "log", tmp_path / "base.safetensors")
     assert set(tensors) == {"0.weight", "1.weight", "1.bias", "2.weight"}
@@ -344,7 +344,7 @@ def test_after_a_restart_void_rounds_are_rebuilt_and_others_go_on(kind, tmp_path
     made = small(kind)
     base = nn.Linear(3, 2).to(made.half.weight.dtype)
     base.load_state_dict(made.half.state_dict())
-    header = header_of(made.run, base, {})
+    header = make_header(made.run, base, {})
     ledger = made.ledger
     ledger.log = Log.create(tmp_path / "hosfl.log", header)
     made.play(20)
@@ -388,7 +388,7 @@ def test_after_a_restart_void_rounds_are_rebuilt_and_others_go_on(kind, tmp_path
 
 def test_the_last_epoch_is_the_last(tmp_path):
     made = small()
-    log = Log.create(tmp_path / "hosfl.log", header_of(made.run, made.half, {}))
+    log = Log.create(tmp_path / "hosfl.log", make_header(made.run, made.half, {}))
     log.append(EpochRecord(2**16 - 2, 0))
     made.ledger.restart(log, 0)
     made.play(2)
@@ -430,7 +430,7 @@ def test_a_client_that_differs_says_so_and_rebuilds(kind):
 def test_a_client_of_another_copy_of_the_run_s_folder_finds_out(kind, tmp_path):
     """Two copies that are resumed count the same epochs, and a client of one may say what one of the other would."""
     made, copy = small(kind), small(kind)
-    made.ledger.log = Log.create(tmp_path / "log", header_of(made.run, made.half, {}))
+    made.ledger.log = Log.create(tmp_path / "log", make_header(made.run, made.half, {}))
     made.play(6)
     made.ledger.log.close()
     shutil.copy(tmp_path / "log", tmp_path / "copy")
@@ -529,7 +529,7 @@ def logged(kind, folder, rounds=23):
     made = small(kind, digest_every=10)
     base = copy.deepcopy(made.half)
     save_module(base, folder / "base.safetensors")
-    with Log.create(folder / "hosfl.log", header_of(made.run, base, {}), sync="never") as log:
+    with Log.create(folder / "hosfl.log", make_header(made.run, base, {}), sync="never") as log:
         made.ledger.log = log
         digests = [made.ledger.mirror.digest()]
         for round in range(rounds):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hosfl.engines.engine import Reply
-from hosfl.engines.in_process import InProcess
+from hosfl.engines.in_process import InProcessEngine
 from hosfl.protocol.aggregate import LENGTH_LIMIT, limit_length, weighted_mean
 from hosfl.protocol.messages import Audited, Cut, Differs, ProbedCut, Scalars, decode, encode
 from hosfl.runs.assemble import assemble
@@ -19,7 +19,7 @@ from hosfl.tasks.task import Task
 CLIENTS = 6
 
 
-class LiarsFirst(InProcess):
+class LiarsFirst(InProcessEngine):
     """An engine in which liars are faster than all others. lie: what a message is replaced by."""
 
     def __init__(self, federation, liars, lie):
@@ -64,10 +64,10 @@ def test_what_is_refused_is_not_waited_for_less(lie, server_batch):
     federation = made({0, 1, 2}, lie, enough=3, server_batch=server_batch)
     for round in range(3):
         federation.round(round)
-        assert federation.tried == 0
+        assert federation.tries == 0
         assert federation.took_part == [3, 4, 5]
         assert federation.server.ledger.records[round].participants == (3, 4, 5)
-    assert federation.seen == {3, 4, 5}
+    assert federation.ever_took_part == {3, 4, 5}
     assert federation.server.refused.total >= 9
 
 
@@ -90,14 +90,14 @@ def test_a_round_that_was_tried_in_vain_is_tried_with_others():
     federation = made(set(range(6)), junk, sampled=4)
     assert np.isnan(federation.round(0))
     first = federation.asked
-    assert (federation.tried, len(first)) == (1, 4)
+    assert (federation.tries, len(first)) == (1, 4)
     assert np.isnan(federation.round(0))
-    assert (federation.tried, sorted(first + federation.asked)) == (2, list(range(6)))
+    assert (federation.tries, sorted(first + federation.asked)) == (2, list(range(6)))
     assert np.isnan(federation.round(0))
-    assert (federation.tried, federation.asked) == (3, first)  # all have been tried: a new turn begins
+    assert (federation.tries, federation.asked) == (3, first)  # all have been tried: a new turn begins
     federation.messenger.engine.liars = set()
     assert np.isfinite(federation.round(0))
-    assert (federation.tried, federation.took_part) == (0, federation.asked)
+    assert (federation.tries, federation.took_part) == (0, federation.asked)
     assert len(federation.server.ledger.records) == 1
     federation.round(1)
     assert len(federation.asked) == 4
@@ -118,7 +118,7 @@ def test_whose_answer_is_refused_did_not_take_part():
         federation = made(liars, too_few, enough)
         federation.round(0)
         assert federation.took_part == took_part == [*federation.server.ledger.records[0].participants]
-        assert federation.seen == {*took_part}
+        assert federation.ever_took_part == {*took_part}
 
 
 def large(message, size=3e38):

@@ -42,7 +42,7 @@ from hosfl.tasks.lm import (
     encode_texts,
     generation_scores,
     last_completions,
-    parts,
+    load_parts,
 )
 from hosfl.tasks.reading import DataError
 
@@ -248,19 +248,19 @@ def test_where_texts_end_is_read_from_all_files(tmp_path, folder):
 
 
 def test_a_tenth_is_held_out(folder, tmp_path):
-    found = parts(folder)
+    found = load_parts(folder)
     assert [len(part) for part in found] == [90, 12, 30]
     for name in ("train", "test"):
         (tmp_path / f"{name}.jsonl").write_text((folder / f"{name}.jsonl").read_text())
-    kept, held, test = parts(tmp_path)
+    kept, held, test = load_parts(tmp_path)
     assert [len(part) for part in (kept, held, test)] == [81, 9, 30]
     assert sorted(where for where, _ in kept + held) == sorted(
         str(tmp_path) + w[len(str(folder)) :] for w, _ in found[0]
     )
-    assert parts(tmp_path) == (kept, held, test)
+    assert load_parts(tmp_path) == (kept, held, test)
     (tmp_path / "validation.jsonl").symlink_to(tmp_path / "none")
     with pytest.raises(OSError, match="validation"):
-        parts(tmp_path)
+        load_parts(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -570,7 +570,7 @@ def test_both_halves_descend_the_clients_mean_per_token(folder, aggregation):
     settings = config(folder, method="first-order", aggregation=aggregation, clients=3, sampled=3, batch=25, rule="sgd")
     settings = replace(settings, partition="iid", schedule="constant", client_rate=1.0)
     federation, task = assemble(settings)
-    batches = [federation.make(n).batch(0) for n in range(3)]
+    batches = [federation.make_client(n).batch(0) for n in range(3)]
     batches[0] = ({k: v[:5] for k, v in batches[0][0].items()}, batches[0][1][:5])
     halves = federation.model()
     halves.eval()
@@ -578,14 +578,14 @@ def test_both_halves_descend_the_clients_mean_per_token(folder, aggregation):
     weights = [5, 25, 25] if aggregation == "weighted" else [1, 1, 1]
     expected = sum(w * loss for w, loss in zip(weights, losses, strict=True)) / sum(weights)
     of_server = torch.autograd.grad(expected, [p for p in halves.server.parameters() if p.requires_grad])
-    make = federation.make
+    make = federation.make_client
 
     def with_fewer(number):
         client = make(number)
         client.batch = lambda round: batches[number]
         return client
 
-    federation.make = with_fewer
+    federation.make_client = with_fewer
     seen = []
     federation.server.optimizer.step = lambda: seen.extend(p.grad.clone() for p in federation.server._trained())
     loss = federation.round(0)

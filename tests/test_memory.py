@@ -6,11 +6,11 @@ import sys
 import pytest
 import torch
 
-from benchmarks.readme import RESULTS
+from benchmarks.tables import RESULTS
 from hosfl.cli import main
 from hosfl.probing.probe import PART, inner
 from hosfl.runs import memory
-from hosfl.runs.memory import BOUND, BOUNDED, FEW, HALVES, growth, measure, over_bound, reference
+from hosfl.runs.memory import BOUND, BOUNDED, FEW_WEIGHTS_WAYS, HALVES, measure, over_bound, peak_growth, reference_way
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -19,18 +19,18 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_growth_is_the_peak_above_what_was_there():
     cpu = torch.device("cpu")
     held = [torch.ones(4_000_000)]
-    assert growth(lambda: held.append(torch.ones(8_000_000)), cpu) == pytest.approx(32e6, rel=0.1)
+    assert peak_growth(lambda: held.append(torch.ones(8_000_000)), cpu) == pytest.approx(32e6, rel=0.1)
     # Twice the same, freed in between: the second is not hidden by the first.
-    sizes = [growth(lambda: float(torch.ones(8_000_000).sum()), cpu) for _ in range(2)]
+    sizes = [peak_growth(lambda: float(torch.ones(8_000_000).sum()), cpu) for _ in range(2)]
     assert sizes == pytest.approx([32e6, 32e6], rel=0.1)
-    assert growth(lambda: None, cpu) < 1e6
+    assert peak_growth(lambda: None, cpu) < 1e6
 
     def small_blocks():  # the last one keeps the allocator from shrinking its heap by itself
         blocks = [torch.ones(5000) for _ in range(2000)]
         held.append(torch.ones(5000))
         del blocks
 
-    sizes = [growth(small_blocks, cpu) for _ in range(2)]
+    sizes = [peak_growth(small_blocks, cpu) for _ in range(2)]
     assert sizes == pytest.approx([40e6, 40e6], rel=0.1)
 
 
@@ -100,7 +100,7 @@ def test_the_results_of_narrow_weights():
     """Stored in fewer bits, the weights are less, and a layer's wide ones hardly show."""
     result = json.loads((RESULTS / "client-memory.json").read_text())
     ways = result["halves"]["minilm"]["ways"]
-    assert {reference(way) for way in FEW} == {"inference"}
+    assert {reference_way(way) for way in FEW_WEIGHTS_WAYS} == {"inference"}
     for trains in ("norms", "lora"):
         rows = [
             ways[f"ho, in place, {trains}, the rest {frozen}"] for frozen in ("float32", "bfloat16", "int8", "int4")

@@ -252,7 +252,7 @@ def test_two_servers_of_one_run_are_told_of_each_other(broker, engine, lines, ca
     until(lambda: engine.present() == {0})
     other = NatsEngine(broker.url, "r", 4)
     until(lambda: told_of_two(caplog) == {"client", "server"})
-    until(lambda: engine._log._kept.keys() & other._log._kept.keys() >= {"servers"})
+    until(lambda: engine._log._last.keys() & other._log._last.keys() >= {"servers"})
     other.close()
 
 
@@ -359,8 +359,8 @@ def test_mutated_frames(broker, engine, lines, stranger, monkeypatch):
     lines.join(1, lambda data: over.wait(60) and data)
     until(lambda: engine.present() == {0, 1})
     asking = start(engine, {1: b"ask"}, deadline=3)
-    until(lambda: engine._peers[1].asked)
-    (asked,) = engine._peers[1].asked
+    until(lambda: engine._peers[1].requests)
+    (asked,) = engine._peers[1].requests
     random_ = random.Random(0)
     samples = [
         Beat(3, 1, ((asked, True), (9, False))),
@@ -425,11 +425,11 @@ def test_windows_end_where_pieces_may():
     """A piece that ends one window while the next is asked for is not refused as one of very many."""
     incoming = frames.Incoming(False, 300_000, 0, time.monotonic)
     ends = []
-    while incoming.have < incoming.total:
-        if (frame := incoming.wanted(1, 100_000)) is not None:
+    while incoming.received < incoming.total:
+        if (frame := incoming.next_want(1, 100_000)) is not None:
             ends.append(decode(frame).offset + decode(frame).length)
-        incoming.have = incoming.asked  # as if it had come
-    assert [end % frames.LEAST for end in ends[:-1]] == [0, 0, 0]
+        incoming.received = incoming.requested  # as if it had come
+    assert [end % frames.MIN_PIECE for end in ends[:-1]] == [0, 0, 0]
     assert ends[-1] == 300_000
 
 
@@ -440,13 +440,13 @@ def test_windows_end_where_pieces_may():
         (b"\x02\x01" + bytes(12), "version 2 of the frames, not 1: install the same hosfl at both ends"),
         (b"\x01\x09", "kind 9"),
         (encode(Want(1, 2, 3)) + b"x", "a Want with 1 bytes too many"),
-        (encode(Want(1, 2, 3))[:-1], "a Want of 25 bytes"),
+        (encode(Want(1, 2, 3))[:-1], "a Want of only 25 bytes"),
         (encode(Piece(1, False, 3, 4, 0, b"ab")), "a piece of 2 bytes from 3 on, of 4"),
         (encode(Piece(1, True, 0, 501, 0, b"")), "a piece of 0 bytes from 0 on, of 501"),
         (encode(Piece(1, False, 0, 2 * MB, 0, bytes(MB))), "a piece of 1048576 bytes"),
-        (encode(Beat(1, 1)) + bytes(9) * 17, "a list of asks of 153 bytes"),
-        (encode(Beat(1, 1)) + bytes(8), "a list of asks of 8 bytes"),
-        (encode(Beat(1, 1)) + bytes(8) + b"\x02", "neither answered nor not"),
+        (encode(Beat(1, 1)) + bytes(9) * 17, "a list of requests of 153 bytes"),
+        (encode(Beat(1, 1)) + bytes(8), "a list of requests of 8 bytes"),
+        (encode(Beat(1, 1)) + bytes(8) + b"\x02", "whose flag is neither 0 nor 1"),
         (encode(Ended(1, EndReason.DONE))[:-1] + b"\x63", "reason 99"),
         (encode(Fetch(1, "f")) + b"\xff", "not UTF-8"),
         (encode(Fetch(1, "f" * 501)), "a text of 501 bytes"),
@@ -519,7 +519,7 @@ def test_an_ask_that_is_too_large_fails_that_client_alone(engine, lines, monkeyp
     until(lambda: engine.present() == {0, 1})
     monkeypatch.setattr(nats_server, "MAX_MESSAGE", MB)
     engine.limit(MB)
-    text = "an ask of 1048577 bytes; the largest is one of 1048576"
+    text = "a request of 1048577 bytes; the largest is one of 1048576"
     replies = engine.ask({0: bytes(MB + 1), 1: bytes(MB)}, deadline=20)
     assert sorted(replies, key=lambda r: r.client) == [Reply(0, None, f"failed: {text}"), Reply(1, bytes(MB))]
     assert f"client 0: {text}" in caplog.text
@@ -575,19 +575,19 @@ def test_one_half_received_reply_of_a_client(engine, by_hand):
     for ask in asks:
         by_hand.say(Piece(ask, False, 0, 60 * MB, 0, b""))
     assert by_hand.hear(Want) == Want(asks[0], 0, frames.WINDOW)
-    for offset in range(0, 12 * MB, frames.PIECE):
-        by_hand.say(Piece(asks[1], False, offset, 60 * MB, 0, bytes(frames.PIECE)))
-    for offset in range(frames.PIECE, 12 * MB, frames.PIECE):  # from the second piece on
-        by_hand.say(Piece(asks[0], False, offset, 60 * MB, 0, bytes(frames.PIECE)))
-    by_hand.say(Piece(asks[0], False, 0, 60 * MB, 1, bytes(frames.PIECE)))  # of another message
-    by_hand.say(Piece(asks[0], False, 0, 50 * MB, 0, bytes(frames.PIECE)))
+    for offset in range(0, 12 * MB, frames.MAX_PIECE):
+        by_hand.say(Piece(asks[1], False, offset, 60 * MB, 0, bytes(frames.MAX_PIECE)))
+    for offset in range(frames.MAX_PIECE, 12 * MB, frames.MAX_PIECE):  # from the second piece on
+        by_hand.say(Piece(asks[0], False, offset, 60 * MB, 0, bytes(frames.MAX_PIECE)))
+    by_hand.say(Piece(asks[0], False, 0, 60 * MB, 1, bytes(frames.MAX_PIECE)))  # of another message
+    by_hand.say(Piece(asks[0], False, 0, 50 * MB, 0, bytes(frames.MAX_PIECE)))
     by_hand.say(Piece(asks[0], False, 0, 60 * MB, 0, b"ab"))  # one of very many
     until(lambda: engine.dropped[1] == 24 + 23 + 3)
-    kept = [asked.incoming.have for asked in engine._peers[1].asked.values() if asked.incoming is not None]
+    kept = [request.incoming.received for request in engine._peers[1].requests.values() if request.incoming is not None]
     assert kept == [0]
     by_hand.say(Bye(7))
     assert [first.join(), second.join()] == [[Reply(1, None, "gone")]] * 2
-    assert not engine._moving
+    assert not engine._receiving
 
 
 def test_a_reply_counts_once_and_for_its_own_ask(engine, by_hand, caplog):
@@ -607,7 +607,7 @@ def test_a_reply_counts_once_and_for_its_own_ask(engine, by_hand, caplog):
     by_hand.say(Piece(two.id, False, 0, 3, Outgoing(b"two").crc, b"two"))
     assert asking.join() == [Reply(1, b"two")]
     assert engine.dropped[1] == 4
-    assert f"client 1: late, to ask {one.id:016x}, which is over" in caplog.text
+    assert f"client 1: late, to request {one.id:016x}, which is over" in caplog.text
 
 
 def test_an_ask_that_ends_early_is_over_at_both_ends(engine, by_hand):
@@ -619,7 +619,7 @@ def test_an_ask_that_ends_early_is_over_at_both_ends(engine, by_hand):
     closed = by_hand.hear(Piece)
     asking.close()
     assert by_hand.hear(Ended) == Ended(closed.id, EndReason.LATE)
-    assert not engine._peers[1].asked
+    assert not engine._peers[1].requests
 
 
 def test_a_pickle_is_bytes(engine, by_hand, lines):
@@ -650,8 +650,8 @@ def test_nobody_answers_for_another(engine, lines, broker):
     hand = ByHand(broker, 1)
     until(lambda: engine.present() == {0, 1})
     asking = start(engine, {0: b"1.0"}, deadline=10)
-    until(lambda: engine._peers[0].asked)
-    (id,) = engine._peers[0].asked
+    until(lambda: engine._peers[0].requests)
+    (id,) = engine._peers[0].requests
     hand.say(Piece(id, False, 0, 4, Outgoing(b"evil").crc, b"evil"))
     assert hand.hear(Ended) == Ended(id, EndReason.LATE)
     assert asking.join() == [Reply(0, b"0.1")]
@@ -663,7 +663,7 @@ def test_nobody_answers_for_another(engine, lines, broker):
 
 def test_a_machine_without_power_is_gone_after_a_while(broker, monkeypatch):
     """Its connection stands, and nothing comes: only silence tells."""
-    monkeypatch.setattr(nats_server, "GRACE", 0.5)
+    monkeypatch.setattr(nats_server, "CONNECT_GRACE", 0.5)
     engine = NatsEngine(broker.url, "r", 4, patience=1.5)
     hand = ByHand(broker, 1)
     until(lambda: engine.present() == {1})
@@ -781,7 +781,7 @@ def test_who_is_refused_comes_less_and_less_often(secured, tmp_path, monkeypatch
         waited.append(seconds)
         await asyncio.sleep(0.01)
 
-    monkeypatch.setattr(Link, "_nap", nap)
+    monkeypatch.setattr(Link, "_sleep", nap)
     for url, least, most in ((secured.url, 15, 30), ("tls://localhost:1", 1, 2)):
         waited.clear()
         line = NatsLine(url, "r", 0, context(tmp_path, "unknown"))

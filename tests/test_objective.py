@@ -38,7 +38,7 @@ def one_loss(config):
     """In float64: the loss of both halves over the clients of round 0 and its gradients; the numbers of samples."""
     federation, task = assemble(config)
     halves = [copy.deepcopy(half).double().eval() for half in (federation.base, federation.server.half)]
-    batches = [federation.make(m).batch(0) for m in range(config.clients)]
+    batches = [federation.make_client(m).batch(0) for m in range(config.clients)]
     samples = torch.tensor([float(len(y)) for _, y in batches])
     weights = samples if config.aggregation == "weighted" else torch.ones_like(samples)
     losses = torch.stack([task.loss(halves[1](halves[0](x.double())), y) for x, y in batches])

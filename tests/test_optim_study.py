@@ -104,7 +104,7 @@ def test_adaptive_rules_do_not_see_the_loss_s_scale(rule):
 
 
 def test_overhead_memory_and_bfloat16_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(optim, "child", lambda work, *given, threads: getattr(optim, work)(*given))
+    monkeypatch.setattr(optim, "run_child", lambda work, *given, threads: getattr(optim, work)(*given))
     extent = optim.Extent(vocabulary=32, width=64, layers=1, rounds=1, weights=2**17, steps=50)
     optim.main(["--out", str(tmp_path), "--threads", "1", "--only", "overhead"], extent)
     optim.main(["--out", str(tmp_path), "--threads", "1", "--only", "memory", "bfloat16"], extent)
@@ -121,7 +121,7 @@ def test_overhead_memory_and_bfloat16_run(tmp_path, monkeypatch):
 
 
 def test_a_part_runs_in_a_process_of_its_own():
-    rows = optim.child("bfloat16", 64, 1, threads=1)
+    rows = optim.run_child("bfloat16", 64, 1, threads=1)
     assert [r["dtype"] for r in rows] == ["float32", "bfloat16"] * 2
 
 
@@ -133,12 +133,12 @@ def test_what_must_hold_is_checked():
         coarse_rows = [{"name": n, "dtype": d, "share": s} for n, d, s in shares]
         return {p: {"rows": r} for p, r in zip(optim.PARTS, (overhead, memory, coarse_rows), strict=True)}
 
-    assert optim.misses(parts()) == []
-    assert optim.misses({}) == []
-    assert len(optim.misses(parts(times=19.9))) == 1
-    assert len(optim.misses(parts(extra=1_000_000))) == 1
-    assert len(optim.misses(parts(coarse=0.94))) == 1
-    assert len(optim.misses(parts(coarse=float("nan")))) == 1
+    assert optim.violations(parts()) == []
+    assert optim.violations({}) == []
+    assert len(optim.violations(parts(times=19.9))) == 1
+    assert len(optim.violations(parts(extra=1_000_000))) == 1
+    assert len(optim.violations(parts(coarse=0.94))) == 1
+    assert len(optim.violations(parts(coarse=float("nan")))) == 1
 
 
 @pytest.mark.learning

@@ -22,8 +22,8 @@ from hosfl import Config, train
 from hosfl.engines.engine import JoinError
 from hosfl.engines.joining import check_cut
 from hosfl.runs.assemble import assemble
-from hosfl.runs.join import Clients, join, own_data, settings_of
-from hosfl.runs.serve import Transport, offered
+from hosfl.runs.join import ClientFactory, join, read_client_data, read_run
+from hosfl.runs.serve import Transport, offered_files
 from hosfl.tasks import READERS, make_task
 from hosfl.tasks.reading import DataError
 from hosfl.tasks.vision import DEVIATION
@@ -96,9 +96,9 @@ class WithData(Elsewhere):
 
     def reply(self, number, data):
         if number not in self.endpoints:
-            run, config = settings_of(self.files["run"], model=self.model)
-            own = own_data(str(self.data[number]), config, run["cut"][0])
-            clients = Clients(run, config, self.files["base"], own)
+            run, config = read_run(self.files["run"], model=self.model)
+            own = read_client_data(str(self.data[number]), config, run["cut"][0])
+            clients = ClientFactory(run, config, self.files["base"], own)
             self.endpoints[number] = clients.endpoint(number, clients.samples(number), alone=True)
         return self.endpoints[number].answer(data)
 
@@ -120,11 +120,11 @@ def test_every_task_that_reads_files_is_here():
 @pytest.mark.parametrize("given", [("cifar10", "")], indirect=True)
 def test_classes_are_numbered_by_all_folders(given, tmp_path):
     config, (mine, other) = given
-    assert own_data(str(mine), config, 1).labels.tolist() == [8]
-    assert own_data(str(other), config, 1).labels.tolist() == [6]
+    assert read_client_data(str(mine), config, 1).labels.tolist() == [8]
+    assert read_client_data(str(other), config, 1).labels.tolist() == [6]
     (mine / "cat").rmdir()
     with pytest.raises(DataError, match="10 folders, one per class, are needed, there are 9"):
-        own_data(str(mine), config, 1)
+        read_client_data(str(mine), config, 1)
 
 
 @pytest.mark.parametrize("given", [("sst2", "encoder"), ("sentences", "")], indirect=True, ids=["sst2", "sentences"])
@@ -132,9 +132,9 @@ def test_labels_that_are_none(given, tmp_path):
     config, (one, _) = given
     one.write_text("sentence\tlabel\ngood film\tnone\n")
     with pytest.raises(DataError, match=r"one\.tsv.*line 2: label 'none'"):
-        own_data(str(one), config, 64)
+        read_client_data(str(one), config, 64)
     with pytest.raises(FileNotFoundError):
-        own_data(str(tmp_path / "nowhere.tsv"), config, 64)
+        read_client_data(str(tmp_path / "nowhere.tsv"), config, 64)
 
 
 def arrays_of(config, count=5):
@@ -169,24 +169,24 @@ def test_arrays_of_tokens(given, tmp_path):
 def test_arrays_that_the_half_does_not_take(given, change, reason, tmp_path):
     config, _ = given
     federation, _ = assemble(config)
-    files = offered(federation)
+    files = offered_files(federation)
     federation.close()
     np.savez(tmp_path / "mine.npz", **change(arrays_of(config)))
-    run, config = settings_of(files["run"], model=config.model)
+    run, config = read_run(files["run"], model=config.model)
     with pytest.raises(DataError, match=reason):
-        Clients(run, config, files["base"], own_data(str(tmp_path / "mine.npz"), config, run["cut"][0]))
+        ClientFactory(run, config, files["base"], read_client_data(str(tmp_path / "mine.npz"), config, run["cut"][0]))
 
 
 def test_pictures_of_another_size(tmp_path):
     federation, _ = assemble(Config(**FEW, **RATES))
-    files = offered(federation)
+    files = offered_files(federation)
     federation.close()
     np.savez(tmp_path / "mine.npz", inputs=np.zeros((4, 1, 9, 9), np.float32), labels=np.zeros(4, int))
-    run, config = settings_of(files["run"])
+    run, config = read_run(files["run"])
     np.savez(tmp_path / "right.npz", inputs=np.zeros((4, 1, 8, 8), np.float32), labels=np.zeros(4, int))
-    Clients(run, config, files["base"], own_data(str(tmp_path / "right.npz"), config, 1))
+    ClientFactory(run, config, files["base"], read_client_data(str(tmp_path / "right.npz"), config, 1))
     with pytest.raises(DataError, match=r"the client half makes cuts of shape \[7, 9, 9\], and the server takes \["):
-        Clients(run, config, files["base"], own_data(str(tmp_path / "mine.npz"), config, 1))
+        ClientFactory(run, config, files["base"], read_client_data(str(tmp_path / "mine.npz"), config, 1))
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,7 @@ def test_cuts_of_texts_alone_may_be_shorter(made, texts, right):
 def digits():
     """What the server of a run on digits offers."""
     federation, _ = assemble(Config(**FEW))
-    files = offered(federation)
+    files = offered_files(federation)
     federation.close()
     return files
 
@@ -276,7 +276,7 @@ DAMAGE = {
 def test_damaged_files(damage, kind, tmp_path):
     (tmp_path / f"mine.{kind}").write_bytes(DAMAGE[damage](tmp_path, kind))
     with pytest.raises(DataError, match=rf"mine\.{kind} is damaged, or holds no arrays of numbers"):
-        own_data(str(tmp_path / f"mine.{kind}"), Config(**FEW), 1)
+        read_client_data(str(tmp_path / f"mine.{kind}"), Config(**FEW), 1)
 
 
 @pytest.mark.parametrize("kind", ["npz", "safetensors"])
@@ -288,7 +288,7 @@ def test_every_byte_of_a_file_damaged(kind, tmp_path):
     for place in places:
         path.write_bytes(good[:place] + bytes([good[place] ^ 0xFF]) + good[place + 1 :])
         try:
-            own_data(str(path), Config(**FEW), 1)
+            read_client_data(str(path), Config(**FEW), 1)
         except DataError as error:
             said.append(str(error))
     assert len(said) > len(places) / 9
@@ -298,7 +298,7 @@ def test_every_byte_of_a_file_damaged(kind, tmp_path):
 def test_files_that_are_not_there(tmp_path):
     for name in ("mine.npz", "mine.safetensors"):
         with pytest.raises(FileNotFoundError, match=name):
-            own_data(str(tmp_path / name), Config(**FEW), 1)
+            read_client_data(str(tmp_path / name), Config(**FEW), 1)
 
 
 @pytest.mark.parametrize(
@@ -315,7 +315,7 @@ def test_files_that_are_not_there(tmp_path):
 def test_functions_that_are_none(text, says, tmp_path):
     (tmp_path / "mine.py").write_text(text)
     with pytest.raises(ValueError, match=says):
-        own_data(f"{tmp_path}/mine.py:f", Config(**FEW), 1)
+        read_client_data(f"{tmp_path}/mine.py:f", Config(**FEW), 1)
 
 
 @pytest.mark.parametrize("beside", [False, True])
@@ -358,7 +358,7 @@ def shifted():
 def test_labels_of_tokens(given, tmp_path):
     config, _ = given
     federation, _ = assemble(config)
-    files, model = offered(federation), config.model
+    files, model = offered_files(federation), config.model
     federation.close()
     right = arrays_of(config)
     for change, says in (
@@ -376,7 +376,7 @@ def test_an_offer_that_does_not_say_which_labels(digits, without):
     told = json.loads(digits["run"])
     (told if without == "labels" else told["labels"]).pop(without)
     with pytest.raises(JoinError, match="no run"):
-        settings_of(json.dumps(told).encode())
+        read_run(json.dumps(told).encode())
 
 
 def test_public_samples_are_not_set_aside_of_a_client_s_own(tmp_path):
@@ -385,23 +385,23 @@ def test_public_samples_are_not_set_aside_of_a_client_s_own(tmp_path):
     assert make_task(config, few).public is None
     assert len(make_task(config).train) == len(make_task(replace(config, public=0)).train) - 40
     federation, _ = assemble(config)
-    files = offered(federation)
+    files = offered_files(federation)
     federation.close()
-    run, config = settings_of(files["run"])
-    clients = Clients(run, config, files["base"], few)
+    run, config = read_run(files["run"])
+    clients = ClientFactory(run, config, files["base"], few)
     assert torch.equal(clients.samples(1).labels, few.labels)
 
 
 @pytest.mark.parametrize("given", [("squad", "")], indirect=True, ids=["squad"])
 def test_windows_as_long_as_the_server_s(given):
     config, (one, _) = given
-    assert own_data(str(one), config, 18).length == 18
+    assert read_client_data(str(one), config, 18).length == 18
 
 
 @pytest.mark.parametrize("given", [("cifar10-noisy", "")], indirect=True, ids=["noisy"])
 def test_a_task_s_noise_is_in_a_client_s_pictures_too(given):
     config, (mine, _) = given
-    plain = own_data(str(mine), replace(config, task="cifar10"), 1).inputs
-    change = own_data(str(mine), config, 1).inputs - plain
+    plain = read_client_data(str(mine), replace(config, task="cifar10"), 1).inputs
+    change = read_client_data(str(mine), config, 1).inputs - plain
     deviation = torch.tensor(DEVIATION)[:, None, None]
     assert 0.15 < float((change * deviation).std()) < 0.25

@@ -480,8 +480,8 @@ def test_random_participation_and_replay_over_200_rounds():
     assert (visits > 30).all()
     assert federation.visits == visits.sum() == 600
     assert len({c.applied for c in federation.clients.values()}) > 1  # some are late
-    base = federation.make(0).digest()
-    outcome = federation.replicas()
+    base = federation.make_client(0).digest()
+    outcome = federation.compare_replicas()
     assert outcome.equal
     assert outcome.clients == 11
     assert outcome.digest != base
@@ -576,7 +576,7 @@ def test_a_client_whose_damaged_weight_is_off_the_lattice_rebuilds(known):
     assert federation.messenger.complaints == federation.server.refused == []
     assert federation.server.differed.total == 1
     assert federation.server.ledger.records[2].participants == (0, 1, 2)
-    assert federation.replicas().equal
+    assert federation.compare_replicas().equal
 
 
 def test_every_client_owns_its_weights():
@@ -717,7 +717,7 @@ def test_of_a_client_that_is_gone_nobody_knows_where_it_is():
     federation.round(2)
     assert federation.messenger.positions == dict.fromkeys((0, 2, 3), (2, 0))
     assert (federation.messenger.missing, federation.messenger.failures) == (1, {1: "gone"})
-    assert federation.join(federation.make(0))  # a newcomer under a number that another client has
+    assert federation.catch_up(federation.make_client(0))  # a newcomer under a number that another client has
     assert federation.messenger.positions == dict.fromkeys((0, 2, 3), (2, 0))
 
 
@@ -815,5 +815,5 @@ def test_a_client_that_leaves_during_the_audit_is_no_other_bits(reason, equal):
                 yield Reply(2, None, reason) if reply.client == 2 else reply
 
     federation.messenger.engine = Leaves(federation, [0, 1, 2, 3])
-    found = federation.replicas()
+    found = federation.compare_replicas()
     assert (found.clients, found.equal) == (4 if equal else 5, equal)

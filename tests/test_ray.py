@@ -16,7 +16,7 @@ ray = pytest.importorskip("ray")
 
 from hosfl import Config, train  # noqa: E402
 from hosfl.engines.ray import RayEngine  # noqa: E402
-from hosfl.runs.join import AllClients  # noqa: E402
+from hosfl.runs.join import WorkerFactory  # noqa: E402
 from hosfl.runs.serve import Transport  # noqa: E402
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors cannot import this file
@@ -223,7 +223,7 @@ def test_a_closed_engine_leaves_a_cluster_that_it_found():
     assert next(asking) == Reply(0, b"hi")
     engine.close()
     engine.close()
-    with pytest.raises(EngineError, match="closed during an ask"):
+    with pytest.raises(EngineError, match="closed during a request"):
         next(asking)
     for use in (engine.present, lambda: list(engine.ask({0: b"hi"}))):
         with pytest.raises(EngineError, match="this engine is closed"):
@@ -272,7 +272,7 @@ def test_without_ray_the_extra_is_named(monkeypatch):
         RayEngine(obedient, 1)
 
 
-def over_ray(make=lambda files: AllClients(files)):
+def over_ray(make=lambda files: WorkerFactory(files)):
     return Transport(lambda files, clients: RayEngine(make(files), clients, actors=2, cpus=0))
 
 
@@ -291,7 +291,7 @@ def test_a_run_over_ray_is_the_run_in_one_process(tmp_path, monkeypatch):
 def test_a_run_outlives_an_actor(tmp_path):
     def mortal(files):
         def make():
-            answer, asked = AllClients(files)(), []
+            answer, asked = WorkerFactory(files)(), []
 
             def until_the_fifth(client, data):
                 asked.append(client)

@@ -22,9 +22,9 @@ from hosfl.tasks.data import (
     Splits,
     dirichlet_split,
     iid_split,
+    label_published_parts,
     shard_count,
     split_held_out,
-    with_published_parts,
 )
 from hosfl.tasks.picture_files import class_folders, picture_file
 from hosfl.tasks.reading import (
@@ -38,7 +38,7 @@ from hosfl.tasks.reading import (
 )
 from hosfl.tasks.squad import Question, Windows
 from hosfl.tasks.text import TEXTS
-from hosfl.tasks.vision import CifarResNet, pictures, pretrained_resnet
+from hosfl.tasks.vision import CifarResNet, load_pictures, pretrained_resnet
 
 SIZE = (32, 32)
 
@@ -248,10 +248,10 @@ def test_fields(change, reason, tmp_path):
         rows[6] = {**ROW, **(change if name == "train.jsonl" else {})}
         (tmp_path / name).write_bytes(as_lines(*rows))
     if reason is SAME:
-        assert len(text.parts(TEXTS["rte"], str(tmp_path))[2]) == 40
+        assert len(text.load_parts(TEXTS["rte"], str(tmp_path))[2]) == 40
         return
     with pytest.raises(DataError, match=rf"train.jsonl, line 7: {reason}"):
-        text.parts(TEXTS["rte"], str(tmp_path))
+        text.load_parts(TEXTS["rte"], str(tmp_path))
 
 
 def labelled(*labels):
@@ -297,17 +297,17 @@ def test_hidden_labels_are_the_same_from_files_and_from_the_hub(tmp_path):
     lines = ["sentence\tlabel", *(f"film {n}\t{n % 2}" for n in range(40))]
     for name in ("train.tsv", "dev.tsv"):
         (tmp_path / name).write_text("\n".join(lines))
-    expected = text.parts(TEXTS["sst2"], str(tmp_path))
+    expected = text.load_parts(TEXTS["sst2"], str(tmp_path))
     for hidden in (["sentence\tlabel", "a\t-1", "b\t-1"], ["index\tsentence", "0\ta"], ["sentence", "a"]):
         (tmp_path / "test.tsv").write_text("\n".join(hidden))
-        assert text.parts(TEXTS["sst2"], str(tmp_path)) == expected
+        assert text.load_parts(TEXTS["sst2"], str(tmp_path)) == expected
     (tmp_path / "test.tsv").write_text("sentence\tlabel\na\t-1\nb\t0\n")
     with pytest.raises(DataError, match=r"test.tsv, line 2: label '-1', as where labels are hidden"):
-        text.parts(TEXTS["sst2"], str(tmp_path))
+        text.load_parts(TEXTS["sst2"], str(tmp_path))
     (tmp_path / "test.tsv").unlink()
     (tmp_path / "test.tsv").symlink_to("nowhere")
     with pytest.raises(FileNotFoundError, match=r"test.tsv"):
-        text.parts(TEXTS["sst2"], str(tmp_path))
+        text.load_parts(TEXTS["sst2"], str(tmp_path))
 
 
 def test_a_hub_s_parts(monkeypatch):
@@ -425,7 +425,7 @@ def test_questions_from_the_hub_are_checked_alike():
         "question": "Who?",
         "answers": {"text": ["Bob"], "answer_start": [8]},
     }
-    assert squad._checked([squad._from_hub(row, "hub, row 0")])[0].start == 8
+    assert squad._check_offsets([squad._question_of_row(row, "hub, row 0")])[0].start == 8
     for change, reason in (
         ({"text": ["Bob"], "answer_start": [9]}, "is said to begin at 9"),
         ({"text": [], "answer_start": []}, "has no answer"),
@@ -433,7 +433,7 @@ def test_questions_from_the_hub_are_checked_alike():
         ({"text": [None], "answer_start": [8]}, r"answers\[0\]: field 'text': text is needed, not null"),
     ):
         with pytest.raises(DataError, match=f"hub, row 0.*{reason}"):
-            squad._checked([squad._from_hub({**row, "answers": change}, "hub, row 0")])
+            squad._check_offsets([squad._question_of_row({**row, "answers": change}, "hub, row 0")])
 
 
 def test_articles_are_enough_or_the_number_is_told(tmp_path):
@@ -444,15 +444,15 @@ def test_articles_are_enough_or_the_number_is_told(tmp_path):
     path = tmp_path / "all.json"
     path.write_text(json.dumps(articles(2, 50)))
     with pytest.raises(DataError, match=r"all.json: too few articles, 2: at least 3 are needed, to train, to choose"):
-        squad.parts(str(path))
+        squad.load_parts(str(path))
     for each in (1, 7):
         path.write_text(json.dumps(articles(3, each)))
-        assert [len(part) for part in squad.parts(str(path))] == [each] * 3
+        assert [len(part) for part in squad.load_parts(str(path))] == [each] * 3
     for large in range(3):  # whichever is drawn first, one article is left for each part
         document = articles(3, 1)
         document["data"][large]["paragraphs"] *= 50
         path.write_text(json.dumps(document))
-        assert sorted(len(part) for part in squad.parts(str(path))) == [1, 1, 50]
+        assert sorted(len(part) for part in squad.load_parts(str(path))) == [1, 1, 50]
 
 
 # --- pictures -----------------------------------------------------------------------------------------------------
@@ -573,10 +573,10 @@ def test_a_picture_that_changes_is_read_again(tmp_path):
             (tmp_path / part / name).mkdir(parents=True)
             for number in range(many):
                 Image.new("RGB", SIZE, (20 * n, number, 0)).save(tmp_path / part / name / f"{number}.png")
-    before = pictures("cifar10", tmp_path)
-    assert pictures("cifar10", tmp_path) is before
+    before = load_pictures("cifar10", tmp_path)
+    assert load_pictures("cifar10", tmp_path) is before
     Image.new("RGB", SIZE, (0, 0, 99)).save(tmp_path / "train" / names[0] / "0.png")
-    assert pictures("cifar10", tmp_path).digest() != before.digest()
+    assert load_pictures("cifar10", tmp_path).digest() != before.digest()
 
 
 @pytest.mark.parametrize(
@@ -671,7 +671,7 @@ def test_as_many_samples_as_are_needed():
     assert [shard_count(64, 100, 32), shard_count(32, 100, 32), shard_count(1000, 3, 32)] == [2, 1, 3]
     assert [len(part) for part in split_held_out(np.arange(20) % 2)] == [18, 2]
     rows = labelled(*(n % 2 for n in range(40)))
-    train, validation, test = with_published_parts(rows, rows[:3], [])
+    train, validation, test = label_published_parts(rows, rows[:3], [])
     assert [len(train), len(validation), len(test)] == [37, 3, 3]
 
 

@@ -13,11 +13,11 @@ import pytest
 from hosfl import Config, train
 from hosfl.cli import main
 from hosfl.engines.engine import Reply
-from hosfl.engines.in_process import InProcess
+from hosfl.engines.in_process import InProcessEngine
 from hosfl.protocol.messages import Invitation, decode, unpack
 from hosfl.runs import attendance as page
-from hosfl.runs.attendance import STATES, attendance, read_events
-from hosfl.runs.join import AllClients
+from hosfl.runs.attendance import STATES, read_events, write_attendance
+from hosfl.runs.join import WorkerFactory
 from hosfl.runs.serve import Transport
 
 QUICK = {"rounds": 9, "clients": 4, "sampled": 4, "batch": 8, "directions": 1, "evaluate_every": 4, "snapshot_every": 3}
@@ -28,7 +28,7 @@ EACH |= {"seconds/cuts", "seconds/server", "seconds/answers"}
 FAULTS = {(2, 1): "gone", (3, 1): "late", (4, 2): "failed: <b>OSError</b>", (4, 0): "", (5, 3): b"nonsense"}
 
 
-class Faulty(InProcess):
+class Faulty(InProcessEngine):
     """Clients of this process, some of whose answers to invitations are lost or replaced."""
 
     def ask(self, messages, deadline=None):
@@ -42,7 +42,7 @@ class Faulty(InProcess):
 
 
 def over():
-    return Transport(lambda files, clients: Faulty(AllClients(files)(), clients))
+    return Transport(lambda files, clients: Faulty(WorkerFactory(files)(), clients))
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +239,7 @@ def test_rounds_run_again_count_once(tmp_path):
     found, damaged = read_events(tmp_path / "events.jsonl", 1000, 3)
     assert [(e.round, e.loss) for e in found] == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0)]
     assert damaged == 0
-    rows = table(attendance(tmp_path))
+    rows = table(write_attendance(tmp_path))
     assert [rows[client]["took part"] for client in "012"] == ["2", "2", "2"]
     assert rows["0"]["last took part"] == "round 2, 2027-01-15 08:02 UTC"
 
@@ -264,7 +264,7 @@ def test_lines_that_cannot_be_read(tmp_path):
     written(tmp_path, [good[0], *bad, good[1]])
     found, damaged = read(tmp_path)
     assert ([e.round for e in found], damaged) == ([1, 2], len(bad))
-    assert f"cannot be read</strong> and do not count: {len(bad)}." in attendance(tmp_path).read_text()
+    assert f"cannot be read</strong> and do not count: {len(bad)}." in write_attendance(tmp_path).read_text()
 
 
 def read(folder):
@@ -294,7 +294,7 @@ def test_a_cell_has_the_colour_of_what_happened(tmp_path):
 
 def test_a_client_that_was_asked_twice_in_a_round_took_part_if_its_last_answer_came(tmp_path):
     written(tmp_path, [event(1, [0], {0: "lost", 1: "lost"}, asked=[0, 1])])
-    rows = table(attendance(tmp_path))
+    rows = table(write_attendance(tmp_path))
     assert [[rows[c][state] for state in ("took part", "lost", "left out")] for c in "01"] == [
         ["1", "", ""],
         ["", "1", ""],
@@ -323,7 +323,7 @@ def test_curves_are_means_of_numbers_that_there_are():
 def drawn(folder, monkeypatch):
     figures, save = [], page.save_figure
     monkeypatch.setattr(page, "save_figure", lambda figure, *to: figures.append(figure) or save(figure, *to))
-    return attendance(folder).read_text(), figures[0].axes
+    return write_attendance(folder).read_text(), figures[0].axes
 
 
 def test_the_figure(tmp_path, monkeypatch):
@@ -363,7 +363,7 @@ def test_thousands_of_rounds_and_clients_stay_readable_and_quick(tmp_path, monke
     assert "A cell is 14 clients x 9 rounds" in text
     assert len(table(tmp_path / "report.html")) == 2000
     written(tmp_path, [event(1, [0]), event(10**7, [0])], rounds=10**7)  # as many columns, not more memory
-    attendance(tmp_path)
+    write_attendance(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -391,7 +391,7 @@ def test_a_folder_that_has_no_report(files, says, tmp_path, capsys):
 
 def test_a_run_without_a_round(tmp_path):
     with pytest.raises(ValueError, match="no round yet that can be read"):
-        attendance(written(tmp_path, ["{"]))
+        write_attendance(written(tmp_path, ["{"]))
     (tmp_path / "events.jsonl").unlink()
     with pytest.raises(FileNotFoundError, match=r"no events\.jsonl"):
-        attendance(tmp_path)
+        write_attendance(tmp_path)

@@ -29,7 +29,7 @@ from hosfl.engines.nats_server import NatsEngine
 from hosfl.runs.assemble import assemble
 from hosfl.runs.checkpoint import load_config
 from hosfl.runs.join import join
-from hosfl.runs.serve import Events, Transport, offered
+from hosfl.runs.serve import Events, Transport, offered_files
 from hosfl.runs.status import show
 from hosfl.terminal import log_to_terminal
 
@@ -124,7 +124,7 @@ def test_a_server_says_whom_it_waits_for(tmp_path, caplog):
     engine = SimpleNamespace(present=lambda: [3])
     server = SimpleNamespace(refused=[])
     messenger = SimpleNamespace(engine=engine, missing=0, complaints=[], wire=SimpleNamespace(bytes={}))
-    federation = SimpleNamespace(messenger=messenger, server=server, config=Config(rounds=4), least=2, tried=0)
+    federation = SimpleNamespace(messenger=messenger, server=server, config=Config(rounds=4), least=2, tries=0)
     events = Events(tmp_path)
     for done in (0, 0, 1):
         events.waiting(federation, done)
@@ -245,7 +245,7 @@ def offering(federation):
     from hosfl.federation import Member
 
     made, _ = assemble(Config(rounds=2, clients=3))
-    files = offered(made)
+    files = offered_files(made)
     made.close()
     member = Member.read(federation / "server")
     engine = NatsEngine(f"tls://{member.address}", member.run, 3, member.context())

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from hosfl.cli import main
-from hosfl.engines.in_process import InProcess
+from hosfl.engines.in_process import InProcessEngine
 from hosfl.methods.ho import ZerothOrderClient
 from hosfl.methods.travel import unpacked
 from hosfl.protocol.lattice import LatticeError
@@ -35,7 +35,7 @@ from hosfl.runs.checkpoint import rebuild
 from hosfl.runs.config import Config, with_shared
 from hosfl.runs.evaluate import evaluate
 from hosfl.runs.faults import LIES, Faults
-from hosfl.runs.join import AllClients
+from hosfl.runs.join import WorkerFactory
 from hosfl.runs.serve import Transport
 from hosfl.runs.simulate import SMALLEST_SHARD, Outcome, SharedState, SimulatedFederation, simulate
 from hosfl.runs.trainer import train
@@ -86,7 +86,7 @@ def make_crowd(config: Config, faults: Faults, folder: Path) -> SimulatedFederat
     plain, _ = assemble(config, SMALLEST_SHARD)
     plain.open_log(folder)
     found = {"header": plain.header, "provenance": plain.provenance, "faults": faults}
-    return SimulatedFederation(config, plain.server, plain.make, plain.base, plain.observed, **found)  # type: ignore[arg-type]
+    return SimulatedFederation(config, plain.server, plain.make_client, plain.base, plain.observed, **found)  # type: ignore[arg-type]
 
 
 # --- one digest ---------------------------------------------------------------------------------------------------
@@ -135,8 +135,8 @@ def test_a_crowd_elsewhere_meets_the_same_faults() -> None:
     config = small(rounds=30, clients=100, sampled=5, digest_every=15, evaluate_every=30)
     faults = Faults(dropout=0.2, absence=0.1, longest_absence=30, delay=1, deadline=6, damage=0.02, crash_every=12)
 
-    def everybody(files: dict[str, bytes], clients: int) -> InProcess:
-        return InProcess(AllClients(files, SMALLEST_SHARD)(), clients)
+    def everybody(files: dict[str, bytes], clients: int) -> InProcessEngine:
+        return InProcessEngine(WorkerFactory(files, SMALLEST_SHARD)(), clients)
 
     here, there = simulate(config, faults), simulate(config, faults, transport=Transport(everybody))
     assert there.equal
@@ -340,7 +340,7 @@ def test_late_messages_are_refused_with_the_reason(tmp_path: Path) -> None:
         seen[client] += 1
         return seen[client] != late.get(client)
 
-    crowd.unreliable._in_time = in_time  # type: ignore[method-assign]
+    crowd.unreliable._is_in_time = in_time  # type: ignore[method-assign]
     crowd.round(0)
     seen.clear()
     late = {0: 4, 1: 3, 2: 2}  # records and invitation, cut, multiplier, scalars
@@ -355,7 +355,7 @@ def test_late_messages_are_refused_with_the_reason(tmp_path: Path) -> None:
         "round 2, client 2: Cut of round 1, epoch 0, where Cut of round 2, epoch 0 is due",
     ]
     assert participants(tmp_path / "hosfl.log")[2] == (0, 1, 2)
-    assert crowd.replicas().equal
+    assert crowd.compare_replicas().equal
     crowd.close()
 
 
@@ -388,7 +388,7 @@ def test_liars_are_as_many_and_lie_as_much_as_they_should(tmp_path: Path) -> Non
 def told(lies: str, folder: Path, **settings: Any) -> tuple[Cut, Scalars]:
     """What client 0 sends in round 0, whose multiplier is of an honest cut."""
     crowd = make_crowd(small(**settings), Faults(byzantine=1.0, lies=lies, magnitude=64.0), folder)
-    client, honest = crowd.load_client(0), crowd.make(0)
+    client, honest = crowd.load_client(0), crowd.make_client(0)
     cut = client.output(0)
     multipliers, _ = crowd.server.step(0, [honest.output(0)])
     answer = client.answer(multipliers[0])
@@ -460,8 +460,8 @@ def test_a_liar_has_all_settings_of_the_honest_client_in_its_place(tmp_path: Pat
     crowd = make_crowd(
         small(directions_from="fresh", estimator="backward", microbatch=3), Faults(byzantine=1), tmp_path
     )
-    honest = crowd.make(0)
-    crowd.make = lambda number: honest
+    honest = crowd.make_client(0)
+    crowd.make_client = lambda number: honest
     liar = crowd.load_client(0)
     assert isinstance(liar, ByzantineClient)
     assert liar.microbatch == 3
@@ -638,7 +638,7 @@ def test_a_client_whose_bits_rot_is_found_and_rebuilt(rule: str, tmp_path: Path)
     crowd.round(2)
     assert crowd.server.differed == ["client 7 after round 2"]
     assert 7 in participants(tmp_path / "hosfl.log")[2]
-    assert crowd.replicas().equal
+    assert crowd.compare_replicas().equal
     crowd.close()
 
 

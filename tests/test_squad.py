@@ -23,7 +23,16 @@ from hosfl.tasks.answers import exact_match, f1
 from hosfl.tasks.data import dirichlet_split
 from hosfl.tasks.lm import IGNORED, Decoder
 from hosfl.tasks.reading import DataError
-from hosfl.tasks.squad import HUB, Question, encode_prompts, parts, predictions, span_scores, split_by_article, windows
+from hosfl.tasks.squad import (
+    HUB,
+    Question,
+    encode_prompts,
+    load_parts,
+    make_windows,
+    predictions,
+    span_scores,
+    split_by_article,
+)
 
 NAMES = ("Ann", "Bob", "Cid", "Dan", "Eve", "Flo")
 WORDS = ["?", ".", ",", "Who", "saw", "the", "cat", "dog", "in", "a", "red", "house", "then", "went", "home", *NAMES]
@@ -77,7 +86,7 @@ def folder(tmp_path_factory):
 
 def cut(questions, folder):
     """Windows of these questions, as the test part."""
-    splits, _ = windows([questions[:1], questions[:1], questions], str(folder / "model"))
+    splits, _ = make_windows([questions[:1], questions[:1], questions], str(folder / "model"))
     return splits.test
 
 
@@ -85,16 +94,16 @@ def cut(questions, folder):
 
 
 def test_a_folder_s_parts(folder):
-    train_part, validation, test = parts(str(folder))
+    train_part, validation, test = load_parts(str(folder))
     assert [len(part) for part in (train_part, validation, test)] == [90, 10, 20]
     assert test == [question(n) for n in range(100, 120)]
     assert not {q.article for q in train_part} & {q.article for q in validation}
     assert sorted(train_part + validation) == sorted(question(n) for n in range(100))
-    assert parts(str(folder)) == (train_part, validation, test)
+    assert load_parts(str(folder)) == (train_part, validation, test)
 
 
 def test_one_file_is_split_by_article(folder):
-    found = parts(str(folder / "train-v1.1.json"))
+    found = load_parts(str(folder / "train-v1.1.json"))
     assert [len(part) for part in found] == [60, 10, 30]  # a quarter is 25: three articles
     articles = [{q.article for q in part} for part in found]
     assert sum(map(len, articles)) == len(set.union(*articles)) == 10
@@ -105,10 +114,10 @@ def test_an_article_that_comes_again_is_one(folder, tmp_path):
     document = json.loads((folder / "train-v1.1.json").read_text())
     pieces = [{"title": a["title"], "paragraphs": [p]} for a in document["data"] for p in a["paragraphs"]]
     (tmp_path / "all.json").write_text(json.dumps({"data": pieces}))
-    assert parts(str(tmp_path / "all.json")) == parts(str(folder / "train-v1.1.json"))
+    assert load_parts(str(tmp_path / "all.json")) == load_parts(str(folder / "train-v1.1.json"))
     untitled = [{**piece, "title": title} for piece, title in zip(pieces, [None, "", 3, *[None] * 97], strict=True)]
     (tmp_path / "all.json").write_text(json.dumps({"data": untitled}))
-    articles = {q.article for part in parts(str(tmp_path / "all.json")) for q in part}
+    articles = {q.article for part in load_parts(str(tmp_path / "all.json")) for q in part}
     assert articles == {f"data[{n}]" for n in range(100)}
 
 
@@ -129,7 +138,7 @@ def test_the_hub_has_the_same(folder, monkeypatch):
     }
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", lambda *name: asked.append(name) or datasets.DatasetDict(published))
-    assert parts("") == parts(str(folder))
+    assert load_parts("") == load_parts(str(folder))
     assert asked == [(HUB,)]
 
 
@@ -152,7 +161,7 @@ def test_the_hub_has_the_same(folder, monkeypatch):
 def test_files_that_are_none(content, reason, tmp_path):
     (tmp_path / "file.json").write_text(content)
     with pytest.raises(ValueError, match=rf"file.json.*{reason}"):
-        parts(str(tmp_path / "file.json"))
+        load_parts(str(tmp_path / "file.json"))
 
 
 def test_articles_are_set_apart_whole():
@@ -215,7 +224,7 @@ def test_answers_of_several_words_and_blanks(folder):
 def test_all_parts_are_as_long_as_the_longest(folder):
     short = Question("0", "Ann saw .", "Who ?", ["Ann"], 0)
     long = Question("1", "Ann saw the cat .", "Who ?", ["Ann"], 0)
-    splits, articles = windows([[short, long], [short], [short]], str(folder / "model"))
+    splits, articles = make_windows([[short, long], [short], [short]], str(folder / "model"))
     assert {part.length for part in (splits.train, splits.validation, splits.test)} == {3 + 2 + 5}
     assert splits.test.spans.shape == (1, 10, 2)
     assert articles.tolist() == [0, 1]
@@ -275,7 +284,7 @@ def test_answers_are_not_longer_than_thirty_tokens(folder):
     tokenizer = hf.AutoTokenizer.from_pretrained(folder / "model", model_max_length=60)
     tokenizer.save_pretrained(folder / "longer")
     context = " ".join(["cat"] * 50)
-    splits, _ = windows([[Question("0", context, "Who ?", ["cat"], 0)]] * 3, str(folder / "longer"))
+    splits, _ = make_windows([[Question("0", context, "Who ?", ["cat"], 0)]] * 3, str(folder / "longer"))
     found = splits.test
     assert len(found) == 1
     for more, tokens in ((5, 6), (29, 30)):
@@ -383,7 +392,7 @@ def test_a_decoder_is_shown_the_question_and_learns_the_first_answer(writer):
 
 def test_a_decoder_s_task(folder, writer):
     task = make_task(config(folder, model=writer))
-    train_part, _, test = parts(str(folder))
+    train_part, _, test = load_parts(str(folder))
     assert [len(task.train), len(task.test)] == [90, 20]
     assert task.test.questions == test
     assert task.train.length <= 90 - 30  # so that an answer of 30 tokens has room
@@ -448,7 +457,7 @@ def test_the_server_refuses_other_labels(folder):
 
 
 def test_clients_differ_by_article(folder):
-    splits, articles = windows(parts(str(folder)), str(folder / "model"))
+    splits, articles = make_windows(load_parts(str(folder)), str(folder / "model"))
     assert len(articles) == len(splits.train)
     assert articles.unique().tolist() == list(range(9))
 

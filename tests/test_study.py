@@ -195,8 +195,10 @@ def test_stopped_anywhere_and_resumed_it_leaves_the_same_files(tmp_path, whole, 
     assert len(ran) == len(set(ran)) == 12
     assert contents(tmp_path / "study") == contents(whole, "frozen")
     assert (states[-1].done, states[-1].runs, states[-1].seconds_left) == (12, 12, 0)
-    assert states[0].ended == ""
-    assert re.fullmatch(r"first-order, trial \d, seed 3: accuracy 0\.\d{4}, loss \d\.\d{4}, \d+ s", states[-1].ended)
+    assert states[0].last_result == ""
+    assert re.fullmatch(
+        r"first-order, trial \d, seed 3: accuracy 0\.\d{4}, loss \d\.\d{4}, \d+ s", states[-1].last_result
+    )
     # What the first part took is known: there is an estimate from the start.
     assert states[0].seconds_left > states[-2].seconds_left > 0
 
@@ -582,7 +584,7 @@ def test_a_worker_that_the_system_kills(tmp_path, whole, file, monkeypatch, caps
     def killing(study, out, jobs, progress):
         def tell(state):
             progress(state)
-            if state.ended and not killed:
+            if state.last_result and not killed:
                 killed.extend(set(multiprocessing.active_children()) - others)
                 os.kill(killed[0].pid, signal.SIGKILL)
 

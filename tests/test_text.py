@@ -19,13 +19,13 @@ from hosfl.halves.hub import is_decoder, pretrained_model
 from hosfl.halves.split import split
 from hosfl.runs.assemble import assemble
 from hosfl.runs.config import with_shared
-from hosfl.studies.compare import print_table, row
+from hosfl.studies.compare import method_row, print_table
 from hosfl.studies.run import run_study
 from hosfl.studies.study import read_study
 from hosfl.tasks import TUNED, make_task
 from hosfl.tasks.data import dirichlet_split, iid_split, tokenized_splits
-from hosfl.tasks.text import TEXTS, Row, parts
-from hosfl.tasks.verbalizer import SelectedRows, first_tokens, split_with_words, with_words
+from hosfl.tasks.text import TEXTS, Row, load_parts
+from hosfl.tasks.verbalizer import SelectedRows, first_tokens, select_tokens, split_with_selected_tokens
 
 WORDS = [
     *("terrible", "great", "Yes", "No", "It", "was", "Does", "the", "pronoun", "here", "refer", "to", "or", "follow"),
@@ -135,23 +135,23 @@ def texts_of(part, task):
 def test_hidden_labels_make_validation_the_test_part(task, tmp_path, monkeypatch):
     """From files, without the test file, and from the hub: the same rows."""
     folder = write(task, tmp_path / "data")
-    found = parts(TEXTS[task], str(folder))
+    found = load_parts(TEXTS[task], str(folder))
     assert [len(part) for part in found] == [81, 9, 20]
     assert texts_of(found[2], task) == texts_of(rows(task, "validation"), task)
     assert found[2][0].get("sentence") == {"sst2": "bad film"}.get(task)  # no blank at the end
     assert [r["label"] for r in found[2]] == [n % 3 % 2 for n in range(20)]
     assert [sum(r["label"] for r in part) for part in found[:2]] == [27, 3]  # a third of each
     (folder / TEXTS[task].files[2]).unlink()
-    assert parts(TEXTS[task], str(folder)) == found
+    assert load_parts(TEXTS[task], str(folder)) == found
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", lambda *name: asked.append(name) or hub_of(task))
-    assert parts(TEXTS[task], "") == found
+    assert load_parts(TEXTS[task], "") == found
     assert asked == [TEXTS[task].hub]
 
 
 @pytest.mark.parametrize("task", TEXTS)
 def test_with_labels_the_parts_are_the_published_ones(task, tmp_path):
-    found = parts(TEXTS[task], str(write(task, tmp_path / "data", labelled=("test",))))
+    found = load_parts(TEXTS[task], str(write(task, tmp_path / "data", labelled=("test",))))
     assert [len(part) for part in found] == [90, 20, 12]
 
 
@@ -159,14 +159,14 @@ def test_held_out_rows_are_no_training_rows(tmp_path):
     lines = [f"film {n}\t{n % 2}" for n in range(100)]
     for name in ("train.tsv", "dev.tsv"):
         (tmp_path / name).write_text("\n".join(["sentence\tlabel", *lines, "one\u2028film\x0cmore\t1"]) + "\n")
-    train_rows, held, test = (texts_of(part, "sst2") for part in parts(TEXTS["sst2"], str(tmp_path)))
+    train_rows, held, test = (texts_of(part, "sst2") for part in load_parts(TEXTS["sst2"], str(tmp_path)))
     assert len(test) == 101
     assert test[-1] == ("one\u2028film\x0cmore",)
     assert sorted(train_rows + held) == sorted(test)
     assert len(held) == 10
     with pytest.raises(ValueError, match="too few"):
         (tmp_path / "train.tsv").write_text("sentence\tlabel\na\t0\nb\t1\n")
-        parts(TEXTS["sst2"], str(tmp_path))
+        load_parts(TEXTS["sst2"], str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -195,13 +195,13 @@ def test_rows_that_are_none(task, line, reason, tmp_path):
     with (folder / TEXTS[task].files[0]).open("a") as file:
         file.write(line + "\n")
     with pytest.raises(ValueError, match=f"train.*{reason}"):
-        parts(TEXTS[task], str(folder))
+        load_parts(TEXTS[task], str(folder))
 
 
 def test_without_data_and_datasets_the_way_to_get_them(monkeypatch, models, capsys):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r"pip install 'hosfl\[hf\]'"):
-        parts(TEXTS["rte"], "")
+        load_parts(TEXTS["rte"], "")
     options = ["--task", "rte", "--model", str(models / "encoder"), "--server-rate", "1", "--client-rate", "1"]
     with pytest.raises(SystemExit):
         main(["train", *options])
@@ -216,7 +216,7 @@ def test_what_the_hub_refuses_is_told(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(OSError, match=r"cannot load aps/super_glue rte from .* hub: Dataset scripts"):
-        parts(TEXTS["rte"], "")
+        load_parts(TEXTS["rte"], "")
 
 
 def test_missing_rates_are_told_before_the_hub_is_asked(monkeypatch, tmp_path):
@@ -253,7 +253,7 @@ def test_prompts_end_alike_and_lose_their_beginning(task, models, tmp_path, monk
     it = TEXTS[task]
     settings = Config(task=task, data=str(write(task, tmp_path / "data")), model=name, **SETTINGS)
     tokenizer = hf.AutoTokenizer.from_pretrained(name)
-    end = tokenizer(it.end)["input_ids"]
+    end = tokenizer(it.prompt_end)["input_ids"]
 
     def check():
         inputs = make_task(settings).train.inputs
@@ -305,10 +305,10 @@ def test_the_halves_say_the_whole_model_s_words(family, padding):
     tokens = [11, 5, 60]
     last = {"right": [6, 4, 6], "all": [6, 0, 6]}.get(padding, [6, 6, 6])
     expected = output(model, inputs)[[0, 1, 2], last][:, tokens]
-    picked = output(with_words(model, tokens), inputs)[[0, 1, 2], last]
+    picked = output(select_tokens(model, tokens), inputs)[[0, 1, 2], last]
     assert torch.allclose(picked, expected, rtol=1e-5, atol=1e-6)
     for at in range(3):
-        assert torch.equal(split_with_words(model, tokens, at)(inputs), picked), at
+        assert torch.equal(split_with_selected_tokens(model, tokens, at)(inputs), picked), at
     assert output(model, inputs).shape[-1] == 97  # which has been left as it was
 
 
@@ -398,7 +398,7 @@ def test_tables_name_the_score(capsys):
     summary = train(Config(rounds=1))
     assert summary.scores == {"accuracy": summary.accuracy}
     other = replace(summary, scores={"F1": 0.25, "exact match": 0.125}, accuracy=0.25)
-    table = {"config": summary.config, "methods": {"ho": row([other])}}
+    table = {"config": summary.config, "methods": {"ho": method_row([other])}}
     print_table(table)
     shown = capsys.readouterr().out
     assert "test F1" in shown

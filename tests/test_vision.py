@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from hosfl import Config, split, train
-from hosfl.tasks.vision import DEVIATION, MEAN, CifarResNet, noisy, pictures, pretrained_resnet
+from hosfl.tasks.vision import DEVIATION, MEAN, CifarResNet, add_noise, load_pictures, pretrained_resnet
 
 NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -46,7 +46,7 @@ def shades(data):
 
 
 def test_a_folder_of_pictures(folder):
-    splits = pictures("cifar10", folder)
+    splits = load_pictures("cifar10", folder)
     assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [180, 20, 20]
     for part in (splits.train, splits.validation, splits.test):
         assert torch.equal(shades(part) // 20, part.labels)
@@ -67,7 +67,7 @@ def test_the_hub_gives_the_same(folder, monkeypatch):
         return {name: part(name) for name in ("train", "test")}
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    there, here = pictures("cifar10", None), pictures("cifar10", folder)
+    there, here = load_pictures("cifar10", None), load_pictures("cifar10", folder)
     assert asked == [("uoft-cs/cifar10",)]
     for part in ("train", "validation", "test"):
         assert torch.equal(getattr(there, part).inputs, getattr(here, part).inputs)
@@ -76,13 +76,13 @@ def test_the_hub_gives_the_same(folder, monkeypatch):
 
 def test_what_is_wrong_with_a_folder_is_named(folder, tmp_path):
     with pytest.raises(ValueError, match="100 folders, one per class, are needed, there are 10"):
-        pictures("cifar100", folder)
+        load_pictures("cifar100", folder)
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     Image.new("RGB", (32, 16)).save(tmp_path / "train" / "cat" / "small.png")
     with pytest.raises(ValueError, match=r"small.png: a picture of 32 x 32 is needed, it has \(32, 16\)"):
-        pictures("cifar10", tmp_path)
+        load_pictures("cifar10", tmp_path)
     with pytest.raises(FileNotFoundError):
-        pictures("cifar10", tmp_path / "nowhere")
+        load_pictures("cifar10", tmp_path / "nowhere")
 
 
 def test_published_weights_are_read(weights):
@@ -116,14 +116,14 @@ def test_the_network_is_the_published_one_and_can_be_cut():
 
 
 def test_inputs_change_alike_in_every_run(folder):
-    splits = pictures("cifar10", folder)
-    once, again = noisy(splits), noisy(splits)
+    splits = load_pictures("cifar10", folder)
+    once, again = add_noise(splits), add_noise(splits)
     assert torch.equal(once.test.inputs, again.test.inputs)
     difference = (once.train.inputs - splits.train.inputs) * torch.tensor(DEVIATION)[:, None, None]
     assert difference.std() == pytest.approx(0.2, rel=0.02)
     assert abs(difference.mean()) < 0.001
     mean, deviation = (torch.tensor(v)[:, None, None] for v in (MEAN, DEVIATION))
-    pixels, others = (s.test.inputs * deviation + mean for s in (splits, noisy(splits, 0.0, inverted=True)))
+    pixels, others = (s.test.inputs * deviation + mean for s in (splits, add_noise(splits, 0.0, inverted=True)))
     assert torch.allclose(others, 1 - pixels, atol=1e-5)
 
 

@@ -27,7 +27,7 @@ from hosfl.runs.faults import Faults
 from hosfl.runs.simulate import simulate
 from hosfl.studies.study import read_study
 from hosfl.tasks import make_task
-from hosfl.tasks.items import Items, global_seed, read, samples_of
+from hosfl.tasks.items import Items, as_dataset, global_seed, read
 from hosfl.tasks.reading import DataError
 
 FILE = '''
@@ -169,7 +169,7 @@ def test_options_become_what_the_function_takes(file, tmp_path):
     assert config.options == {"where": "a/b", "many": 8, "few": None, "share": 0.01, "on": True, "other": "x"}
     make_task(config)
     make_task(Config(task=f"{file}:typed", options={"where": Path("c"), "share": 1}))
-    found = sys.modules[make_task.__globals__["_maker"](f"{file}:typed").__module__].found
+    found = sys.modules[make_task.__globals__["_load_function"](f"{file}:typed").__module__].found
     assert found[-2:] == [
         (Path("a/b"), 8, None, 0.01, True, {"other": "x"}),
         (Path("c"), None, 3, 1.0, False, {}),
@@ -525,7 +525,7 @@ def test_what_both_halves_have_becomes_two(kind):
         federation.round(number)
     assert torch.equal(federation.base.table.weight, first)
     assert not torch.equal(federation.server.half.table.weight, trained)
-    assert federation.replicas().equal
+    assert federation.compare_replicas().equal
 
 
 def test_of_halves_that_have_something_in_common_no_more_is_copied():
@@ -703,17 +703,17 @@ def test_labels_beside_the_items_are_taken_from_there(kind):
     given = Numbered(40)
     given.targets = given.y.tolist()
     if kind == "subset":
-        items = samples_of(Subset(given, range(39, 9, -1)), "train")
+        items = as_dataset(Subset(given, range(39, 9, -1)), "train")
         expected = given.y[range(39, 9, -1)]
     elif kind == "targets":
-        items, expected = samples_of(given, "train"), given.y
+        items, expected = as_dataset(given, "train"), given.y
     else:
-        items, expected = samples_of(huggingface().with_transform(refused), "train"), Y
+        items, expected = as_dataset(huggingface().with_transform(refused), "train"), Y
     assert torch.equal(items.labels, expected)
     assert torch.equal(items[torch.tensor([3, 1])].labels, expected[[3, 1]])
     assert given.read == []
     del given.targets
-    assert torch.equal(samples_of(given, "train").labels, given.y)
+    assert torch.equal(as_dataset(given, "train").labels, given.y)
 
 
 def refused(batch):
@@ -760,7 +760,7 @@ def test_real_labels_are_checked_by_the_server():
     mine = task(train=(x, y.float()), test=(x, y.float()), loss=lambda o, t: (o[:, 0] - t).square().mean())
     real, _ = assemble(Config(task="", partition="iid", **QUICK, **RATES), task=mine)
     client = real.load_client(real.invited(0)[0])
-    real.join(client)
+    real.catch_up(client)
     cut = client.output(0)
     assert real.server.step(0, [replace(cut, labels=cut.labels * float("nan"))])[0] == {}
     assert "infinite or NaN labels" in real.server.refused[-1]
@@ -957,7 +957,7 @@ LATER = {
     "labels of tokens that nobody told": (
         padded(IDS % 2, groups=[0, 1] * 20),
         DataError,
-        r"train: the loss does not take labels \(2, 6\) .*one for each token\? Then give the task ignore_index",
+        r"train: the loss does not take labels \(2, 6\) .*label for each token\? Then give the task ignore_index",
     ),
     "a client half that pools": (
         padded(IDS[:, 0] % 2, pools=True),
@@ -1226,15 +1226,15 @@ def test_reading_does_not_move_other_random_numbers(monkeypatch):
 
 def test_digests_are_of_content():
     given = Numbered(2000)
-    items = samples_of(given, "train")
+    items = as_dataset(given, "train")
     assert isinstance(items, Items)
     once = items.digest()
-    assert samples_of(Numbered(2000), "train").digest() == once
+    assert as_dataset(Numbered(2000), "train").digest() == once
     assert len(given.read) == 1024
     other = Numbered(2000)
     other.x[0] += 1
-    assert samples_of(other, "train").digest() != once
-    assert samples_of(Numbered(1999), "train").digest() != once
+    assert as_dataset(other, "train").digest() != once
+    assert as_dataset(Numbered(1999), "train").digest() != once
     assert read(items[:3]).labels.tolist() == given.y[:3].tolist()
 
 

@@ -21,7 +21,7 @@ from hosfl.halves.inputs import Inputs, call, evaluating, mask_of, restoring_sta
 from hosfl.halves.split import cast_floats
 from hosfl.protocol.arrays import widened
 from hosfl.protocol.weights import as_file
-from hosfl.tasks.padding import TOKENS
+from hosfl.tasks.padding import TOKEN_INPUTS
 from hosfl_kernels import perturb_
 
 TRACE_SAMPLES = 3  # samples that a graph is made of: a batch of one would be taken for a size that never changes
@@ -203,7 +203,7 @@ def describe_batch(inputs: Mapping[str, Tensor]) -> str:
 
 def is_text(name: str, x: Tensor) -> bool:
     """Whether an input is of tokens in its second dimension."""
-    return x.dim() > 1 if name in TOKENS else x.dim() == 2 and not x.is_floating_point()
+    return x.dim() > 1 if name in TOKEN_INPUTS else x.dim() == 2 and not x.is_floating_point()
 
 
 def as_half_inputs(sample: Inputs, named: Mapping[str, Tensor]) -> Inputs:

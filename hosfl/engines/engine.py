@@ -1,7 +1,7 @@
 """The interface of engines, which carry messages between the server and its clients; each engine has its own file.
 
-An engine sends and receives bytes. It knows clients by number, and does not look into the bytes; rounds, server and
-clients do not depend on the engine. The server's side is `Engine`, a client's side is `Line`.
+An engine sends and receives bytes, which it does not interpret. It identifies clients by their number. Rounds, server
+and clients do not depend on the engine. The server's side is `Engine`, the client's side is `Line`.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class Reply:
 
 
 class Engine(Protocol):
-    """The server's side. Not for several threads at once."""
+    """The server's side. It must not be used by several threads at once."""
 
     def present(self) -> frozenset[int]:
-        """The numbers of the clients that are connected now."""
+        """Return the numbers of the clients that are connected now."""
 
     def ask(self, messages: Mapping[int, bytes], deadline: float | None = None) -> Iterator[Reply]:
         """Send each client its bytes, and yield one `Reply` for each client, as they arrive.
@@ -50,14 +50,14 @@ class Engine(Protocol):
 
 
 def check_ask(clients: Collection[int], count: int) -> None:
-    """Raises EngineError for clients that the run, with `count` clients, does not have."""
+    """Raises EngineError for numbers of clients that a run of `count` clients does not have."""
     for client in clients:
         if not 0 <= client < count:
             raise EngineError(f"the run has clients 0 to {count - 1}, and no {client}")
 
 
 class Line(Protocol):
-    """A client's side."""
+    """The client's side: its connection to the server. Each engine has its own, except those that need none."""
 
     def fetch(self, name: str, deadline: float | None = None) -> bytes:
         """Fetch a file that the server offers. Waits for a server that is away.
@@ -78,8 +78,8 @@ class Line(Protocol):
 
 
 class EngineError(RuntimeError):
-    """The connection between server and clients does not work; says why, and what to do."""
+    """The connection between server and clients does not work. The message says why, and what to do."""
 
 
 class JoinError(ValueError):
-    """This client cannot take part in a run; says why."""
+    """This client cannot take part in a run. The message says why."""

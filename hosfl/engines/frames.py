@@ -1,9 +1,12 @@
-"""What the lines of NATS carry: frames of a byte of version, a byte of kind and fields of a fixed size.
+"""The wire format between a NATS engine and its clients: frames, and the transfer of messages in pieces.
 
-A message of any length is moved by its receiver. The sender announces it by a `Piece` at offset 0, which holds all of a
-small message and nothing of a larger one; the receiver says `Want` for a window of bytes, and for the next when half of
-it has come. So no queue on the way is longer than the windows, nothing is sent that nobody wants any more, and after a
-broken connection the receiver wants what it lacks.
+A frame is a version byte, a kind byte, and fields of fixed size; text or data may follow.
+
+A message can have any length, and its receiver controls the transfer. The sender announces the message by a `Piece` at
+offset 0, which holds all of a small message and no data of a larger one. The receiver requests a window of bytes by
+`Want`, and the next window when half of the previous one has arrived. So no queue on the way is longer than the
+windows, nothing is sent that nobody wants any more, and after a broken connection the receiver requests only what it
+lacks.
 """
 
 from __future__ import annotations
@@ -15,12 +18,12 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 
 VERSION = 1
-PIECE = 512 * 1024  # bytes of a message in one frame; the broker's largest is 1 MB, if nobody changed it
-SMALL = 32 * 1024  # bytes of a message that comes whole with its announcement
-LEAST = 16 * 1024  # bytes of a piece but the last, whose multiple all are: many small ones cost more than they hold
-WINDOW = 4 * 1024 * 1024  # bytes on their way to one receiver
-TEXT = 500  # bytes of a name or a reason
-MAX_ASKS = 16  # asks that a line can have at once
+MAX_PIECE = 512 * 1024  # bytes of a message in one frame; a broker's default limit for a frame is 1 MB
+SMALL = 32 * 1024  # the largest message that is sent whole with its announcement, bytes
+MIN_PIECE = 16 * 1024  # every piece but the last is a multiple of this, in bytes: smaller ones have too much overhead
+WINDOW = 4 * 1024 * 1024  # bytes that may be in flight to one receiver
+MAX_TEXT = 500  # bytes of a name or a reason
+MAX_REQUESTS = 16  # requests that a line can have at once
 
 
 class FrameError(ValueError):
@@ -28,7 +31,7 @@ class FrameError(ValueError):
 
 
 class EndReason(IntEnum):
-    """Why a transfer has ended."""
+    """Why a transfer ended."""
 
     DONE = 0
     LATE = 1
@@ -39,7 +42,7 @@ class EndReason(IntEnum):
 
 @dataclass(frozen=True)
 class Ping:
-    """Server to line: it is here. engine: a random number of this engine; connection: how many it has had."""
+    """Server to line: a sign of life. engine: this engine's random number; connection: how many it has had."""
 
     engine: int
     connection: int
@@ -47,16 +50,23 @@ class Ping:
 
 @dataclass(frozen=True)
 class Beat:
-    """Line to server: it is here. line: a random number of this line. asks: those it has, True if answered."""
+    """Line to server: a sign of life.
+
+    line: this line's random number; connection: how many it has had. requests: the id of each request that it holds,
+    and whether it has an answer.
+    """
 
     line: int
     connection: int
-    asks: tuple[tuple[int, bool], ...] = ()
+    requests: tuple[tuple[int, bool], ...] = ()
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Bytes of transfer `id` from `offset` on. crc: CRC-32 of all `total` bytes. failed: the bytes are a reason."""
+    """The bytes of transfer `id` from `offset` on.
+
+    crc: CRC-32 of all `total` bytes. failed: the message is the reason of a failure.
+    """
 
     id: int
     failed: bool
@@ -68,7 +78,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Want:
-    """Send `length` bytes of transfer `id` from `offset` on. length 0: announce it again."""
+    """Request for `length` bytes of transfer `id` from `offset` on. length 0: announce the message again."""
 
     id: int
     offset: int
@@ -77,16 +87,16 @@ class Want:
 
 @dataclass(frozen=True)
 class Ended:
-    """Transfer `id` is over, at either end."""
+    """Notice that transfer `id` is over; either side may send it."""
 
     id: int
-    why: EndReason
+    reason: EndReason
     text: str = ""
 
 
 @dataclass(frozen=True)
 class Fetch:
-    """Line to server: announce the file `name` as transfer `id`."""
+    """Line to server: request for the file `name`, to be announced as transfer `id`."""
 
     id: int
     name: str
@@ -94,7 +104,7 @@ class Fetch:
 
 @dataclass(frozen=True)
 class Bye:
-    """Line to server: it goes."""
+    """Line to server: it disconnects."""
 
     line: int
 
@@ -102,7 +112,7 @@ class Bye:
 Frame = Ping | Beat | Piece | Want | Ended | Fetch | Bye
 
 _HEAD = struct.Struct("!BB")
-_NUMBERS = {  # of each kind: what it is, and its numbers
+_LAYOUTS = {  # of each kind byte: the frame's class, and its fields of fixed size
     1: (Ping, struct.Struct("!QL")),
     2: (Beat, struct.Struct("!QL")),
     3: (Piece, struct.Struct("!Q?QQL")),
@@ -111,81 +121,81 @@ _NUMBERS = {  # of each kind: what it is, and its numbers
     6: (Fetch, struct.Struct("!Q")),
     7: (Bye, struct.Struct("!Q")),
 }
-_KINDS = {kind: (number, numbers) for number, (kind, numbers) in _NUMBERS.items()}
-_ASK = struct.Struct("!QB")
+_KINDS = {cls: (kind, fields) for kind, (cls, fields) in _LAYOUTS.items()}
+_REQUEST = struct.Struct("!QB")
 
 
 def encode(frame: Frame) -> bytes:
-    """A frame as bytes."""
-    kind, numbers = _KINDS[type(frame)]
+    """Encode a frame as bytes."""
+    kind, fields = _KINDS[type(frame)]
     tail: bytes | memoryview = b""
     values: tuple[int, ...] = ()
     if isinstance(frame, Ping):
         values = (frame.engine, frame.connection)
     elif isinstance(frame, Beat):
         values = (frame.line, frame.connection)
-        tail = b"".join(_ASK.pack(*ask) for ask in frame.asks)
+        tail = b"".join(_REQUEST.pack(*request) for request in frame.requests)
     elif isinstance(frame, Piece):
         values, tail = (frame.id, frame.failed, frame.offset, frame.total, frame.crc), frame.data
     elif isinstance(frame, Want):
         values = (frame.id, frame.offset, frame.length)
     elif isinstance(frame, Ended):
-        values, tail = (frame.id, frame.why), frame.text.encode()[:TEXT]
+        values, tail = (frame.id, frame.reason), frame.text.encode()[:MAX_TEXT]
     elif isinstance(frame, Fetch):
         values, tail = (frame.id,), frame.name.encode()
     else:
         values = (frame.line,)
-    return b"".join((_HEAD.pack(VERSION, kind), numbers.pack(*values), tail))
+    return b"".join((_HEAD.pack(VERSION, kind), fields.pack(*values), tail))
 
 
 def decode(data: bytes) -> Frame:
-    """Bytes as a frame. Raises FrameError."""
+    """Decode a frame. Raises FrameError."""
     if len(data) < _HEAD.size:
         raise FrameError(f"{len(data)} bytes are no frame")
     version, kind = _HEAD.unpack_from(data)
     if version != VERSION:
         raise FrameError(f"version {version} of the frames, not {VERSION}: install the same hosfl at both ends")
-    if kind not in _NUMBERS:
-        raise FrameError(f"a frame of kind {kind}")
-    made, numbers = _NUMBERS[kind]
-    if len(data) < _HEAD.size + numbers.size:
-        raise FrameError(f"a {made.__name__} of {len(data)} bytes")
-    values = numbers.unpack_from(data, _HEAD.size)
-    tail = memoryview(data)[_HEAD.size + numbers.size :]
-    if made is Beat:
-        return Beat(values[0], values[1], _asks(tail))
-    if made is Piece:
+    if kind not in _LAYOUTS:
+        raise FrameError(f"a frame of unknown kind {kind}")
+    cls, fields = _LAYOUTS[kind]
+    if len(data) < _HEAD.size + fields.size:
+        raise FrameError(f"a {cls.__name__} of only {len(data)} bytes")
+    values = fields.unpack_from(data, _HEAD.size)
+    tail = memoryview(data)[_HEAD.size + fields.size :]
+    if cls is Beat:
+        return Beat(values[0], values[1], _decode_requests(tail))
+    if cls is Piece:
         id, failed, offset, total, crc = values
-        if len(tail) > PIECE or offset + len(tail) > total or (failed and total > TEXT):
+        if len(tail) > MAX_PIECE or offset + len(tail) > total or (failed and total > MAX_TEXT):
             raise FrameError(f"a piece of {len(tail)} bytes from {offset} on, of {total}")
         return Piece(id, failed, offset, total, crc, tail)
-    if made is Ended:
-        return Ended(values[0], _end_reason(values[1]), _text(tail))
-    if made is Fetch:
-        return Fetch(values[0], _text(tail))
+    if cls is Ended:
+        return Ended(values[0], _decode_end_reason(values[1]), _decode_text(tail))
+    if cls is Fetch:
+        return Fetch(values[0], _decode_text(tail))
     if tail:
-        raise FrameError(f"a {made.__name__} with {len(tail)} bytes too many")
-    return Bye(*values) if made is Bye else Want(*values) if made is Want else Ping(*values)
+        raise FrameError(f"a {cls.__name__} with {len(tail)} bytes too many")
+    return Bye(*values) if cls is Bye else Want(*values) if cls is Want else Ping(*values)
 
 
-def _asks(tail: memoryview) -> tuple[tuple[int, bool], ...]:
-    if len(tail) % _ASK.size or len(tail) > MAX_ASKS * _ASK.size:
-        raise FrameError(f"a list of asks of {len(tail)} bytes")
-    asks = tuple(_ASK.iter_unpack(tail))
-    if any(answered > 1 for _, answered in asks):
-        raise FrameError("an ask that is neither answered nor not")
-    return tuple((id, bool(answered)) for id, answered in asks)
+def _decode_requests(tail: memoryview) -> tuple[tuple[int, bool], ...]:
+    if len(tail) % _REQUEST.size or len(tail) > MAX_REQUESTS * _REQUEST.size:
+        raise FrameError(f"a list of requests of {len(tail)} bytes")
+    requests = tuple(_REQUEST.iter_unpack(tail))
+    if any(answered > 1 for _, answered in requests):
+        raise FrameError("a request whose flag is neither 0 nor 1")
+    return tuple((id, bool(answered)) for id, answered in requests)
 
 
-def _end_reason(number: int) -> EndReason:
+def _decode_end_reason(number: int) -> EndReason:
     try:
         return EndReason(number)
     except ValueError:
-        raise FrameError(f"a transfer that ended for reason {number}") from None
+        raise FrameError(f"a transfer that ended for the unknown reason {number}") from None
 
 
-def _text(tail: memoryview) -> str:
-    if len(tail) > TEXT:
+def _decode_text(tail: memoryview) -> str:
+    if len(tail) > MAX_TEXT:
         raise FrameError(f"a text of {len(tail)} bytes")
     try:
         return bytes(tail).decode()
@@ -195,7 +205,7 @@ def _text(tail: memoryview) -> str:
 
 @dataclass
 class Outgoing:
-    """A message, to be sent in pieces. failed: it is the reason why there is none."""
+    """A message that is sent in pieces. failed: whether it is the reason of a failure, instead of an answer."""
 
     data: bytes
     failed: bool = False
@@ -205,72 +215,75 @@ class Outgoing:
         self.crc = zlib.crc32(self.data)
 
     def announcement(self, id: int) -> bytes:
-        """The first frame: all of a small message, nothing of a larger one."""
+        """Return the first frame, encoded: all of a small message, no data of a larger one."""
         return self.piece(id, 0, len(self.data) if len(self.data) <= SMALL else 0)
 
     def piece(self, id: int, offset: int, end: int) -> bytes:
-        """The frame that holds the bytes from `offset` to `end`."""
+        """Return the frame that holds the bytes from `offset` to `end`, encoded."""
         data = memoryview(self.data)[offset:end]
         return encode(Piece(id, self.failed, offset, len(self.data), self.crc, data))
 
 
 @dataclass
 class Incoming:
-    """A message on its way here. failed, total, crc: as its first piece says. now: the clock, in seconds."""
+    """A message that is being received. failed, total, crc: from its first piece. now: the clock, in seconds."""
 
     failed: bool
     total: int
     crc: int
     now: Callable[[], float]
-    have: int = 0  # bytes that have come
-    asked: int = 0  # bytes that have come or been asked for
-    moved: float = field(init=False)  # when bytes came last, or were asked for anew
+    received: int = 0  # bytes
+    requested: int = 0  # bytes that were received or requested
+    last_progress: float = field(init=False)  # time of the last piece, or of the last repeated request
     _pieces: list[bytes | memoryview] = field(default_factory=list)
-    _sum: int = 0
+    _received_crc: int = 0
 
     def __post_init__(self) -> None:
-        self.moved = self.now()
+        self.last_progress = self.now()
 
     def fits(self, piece: Piece) -> bool:
-        """Whether it is of this message, the next one, asked for, and not one of very many."""
+        """Whether the piece is the next one of this message, was requested, and is not too small."""
         same = (piece.failed, piece.total, piece.crc) == (self.failed, self.total, self.crc)
         end = piece.offset + len(piece.data)
-        large = len(piece.data) >= LEAST or (end == self.asked and len(piece.data) > 0)
-        return same and piece.offset == self.have and end <= self.asked and large
+        large = len(piece.data) >= MIN_PIECE or (end == self.requested and len(piece.data) > 0)
+        return same and piece.offset == self.received and end <= self.requested and large
 
-    def take(self, piece: Piece) -> None:
-        """Keep a piece that fits."""
+    def add(self, piece: Piece) -> None:
+        """Append a piece that fits."""
         self._pieces.append(piece.data)
-        self._sum = zlib.crc32(piece.data, self._sum)
-        self.have += len(piece.data)
-        self.moved = self.now()
+        self._received_crc = zlib.crc32(piece.data, self._received_crc)
+        self.received += len(piece.data)
+        self.last_progress = self.now()
 
     @property
-    def whole(self) -> bool:
-        """Whether all bytes are here."""
-        return self.have == self.total
+    def complete(self) -> bool:
+        """Whether all bytes have been received."""
+        return self.received == self.total
 
-    def message(self) -> bytes | None:
-        """All bytes, which are kept no longer; None where they are not those that were announced."""
+    def take_message(self) -> bytes | None:
+        """Return the whole message and release it here; None if its CRC is not the announced one."""
         message = b"".join(self._pieces)
         self._pieces.clear()
-        return message if self._sum == self.crc else None
+        return message if self._received_crc == self.crc else None
 
-    def wanted(self, id: int, window: int, again: bool = False) -> bytes | None:
-        """A frame that asks for more, if it is time to. again: what was asked for is not coming."""
+    def next_want(self, id: int, window: int, again: bool = False) -> bytes | None:
+        """Return an encoded `Want` for the next window, or None while more than half a window is in flight.
+
+        again: request again what was requested and has not arrived.
+        """
         if again:
-            self.asked, self.moved = self.have, self.now()
-        if self.asked == self.total or self.asked - self.have > window // 2:
+            self.requested, self.last_progress = self.received, self.now()
+        if self.requested == self.total or self.requested - self.received > window // 2:
             return None
-        offset, self.asked = self.asked, min(self.total, self.asked + window // LEAST * LEAST)
-        return encode(Want(id, offset, self.asked - offset))
+        offset, self.requested = self.requested, min(self.total, self.requested + window // MIN_PIECE * MIN_PIECE)
+        return encode(Want(id, offset, self.requested - offset))
 
 
 def start_incoming(piece: Piece, now: Callable[[], float]) -> Incoming:
-    """The `Incoming` of a first piece: complete if that holds the whole message, else empty."""
+    """Start to receive the message of a first piece: complete if that holds the whole message, else empty."""
     incoming = Incoming(piece.failed, piece.total, piece.crc, now)
     if piece.offset == 0 and len(piece.data) == piece.total <= SMALL:
-        incoming.asked = piece.total
+        incoming.requested = piece.total
         if piece.total:
-            incoming.take(piece)
+            incoming.add(piece)
     return incoming

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from hosfl.engines.engine import Reply, check_ask
 
 
-class InProcess:
+class InProcessEngine:
     """The engine without a network. All clients are always present.
 
     answer: (client, the server's bytes) -> the client's bytes. clients: N.
@@ -17,6 +17,7 @@ class InProcess:
         self.answer, self.clients = answer, clients
 
     def present(self) -> frozenset[int]:
+        """See `Engine.present`."""
         return frozenset(range(self.clients))
 
     def ask(self, messages: Mapping[int, bytes], deadline: float | None = None) -> Iterator[Reply]:
@@ -28,10 +29,10 @@ class InProcess:
         return (Reply(client, self.answer(client, data)) for client, data in messages.items())
 
     def offer(self, files: Mapping[str, bytes]) -> None:
-        """Nothing to do: clients of this process fetch no files."""
+        """Do nothing: clients of this process fetch no files."""
 
     def limit(self, largest: int) -> None:
-        """Nothing to do: answers are in memory already."""
+        """Do nothing: answers are in memory already."""
 
     def close(self) -> None:
-        """Nothing to do."""
+        """Do nothing."""

@@ -1,4 +1,4 @@
-"""What clients with and without torch share: reading the offered run, fetching its files, and answering requests.
+"""Joining a run, for clients with and without torch: read the offer, fetch its files, answer requests.
 
 No code comes from the server.
 """
@@ -23,17 +23,23 @@ from hosfl.protocol.terms import Measures
 from hosfl.tasks.reading import DataError
 from hosfl.terminal import printable
 
-FORMAT = 4  # of what is offered
+FORMAT = 4  # of the offer
 log = logging.getLogger("hosfl.join")
 
 
 def read_offer(offered: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(settings of the run that a server offers, its other fields), with values of the right types. Raises JoinError.
+    """Parse the run that a server offers: (its settings, its other fields), with values of the right types.
 
-    The other fields: base, log: digests; cut: the shape of one sample's cut; labels: see `check_labels`; measures; id;
-    hosfl, the server's version; edge, for clients without torch: SHA-256 of graphs, header, gradient and statistics,
-    the names of the tensors in the half's digest, and those of its running statistics; None if there is nothing for
-    them.
+    The other fields:
+
+    - base, log: SHA-256 of the base half and of the log's header
+    - cut: the shape of one sample's cut
+    - labels: shape, real, classes and ignore_index: see `check_labels`
+    - measures: what the clients measure, or None; id: the run's; hosfl: the server's version
+    - edge: for clients without torch: SHA-256 of the graphs, and of header, gradient and statistics; digest: the names
+      of the tensors in the half's digest; running: those of its running statistics. None if it has nothing for them
+
+    Raises JoinError for anything else.
     """
     try:
         run = json.loads(offered)
@@ -41,15 +47,15 @@ def read_offer(offered: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
         if run["format"] != FORMAT:
             raise JoinError(f"the server offers a run of format {run['format']!r}, this is {FORMAT}: update hosfl")
         base, header, cut = str(run["base"]), str(run["log"]), [int(size) for size in run["cut"]]
-        takes = dict(run["labels"])
-        labels: dict[str, Any] = {"shape": [int(size) for size in takes["shape"]], "real": bool(takes["real"])}
+        sent = dict(run["labels"])
+        labels: dict[str, Any] = {"shape": [int(size) for size in sent["shape"]], "real": bool(sent["real"])}
         for name in ("classes", "ignore_index"):
-            labels[name] = None if takes[name] is None else int(takes[name])
+            labels[name] = None if sent[name] is None else int(sent[name])
         id = read_id(run["id"])
         measures = None if run["measures"] is None else Measures(**run["measures"])
         edge: dict[str, Any] | None = None
         if run["edge"] is not None:
-            edge = {name: [str(one) for one in run["edge"][name]] for name in ("graphs", "digest", "running")}
+            edge = {name: [str(item) for item in run["edge"][name]] for name in ("graphs", "digest", "running")}
             edge["header"] = str(run["edge"]["header"])
             for name in ("gradient", "statistics"):
                 edge[name] = None if run["edge"][name] is None else str(run["edge"][name])
@@ -61,53 +67,57 @@ def read_offer(offered: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
     return settings, rest | {"measures": measures, "id": id, "edge": edge}
 
 
-def check_labels(labels: NDArray[Any], tokens: int | None, run: dict[str, Any], what: str) -> None:
+def check_labels(labels: NDArray[Any], tokens: int | None, offer: dict[str, Any], data: str) -> None:
     """Raises DataError for labels that the server would refuse in every round.
 
-    tokens: of a sample; None where the inputs have no attention mask. what: how errors call the data.
+    tokens: number of tokens of a sample; None if the inputs have no attention mask. offer: the other fields of
+    `read_offer`; its labels have the shape of one sample's label, `real` for floating-point numbers, the number of
+    classes, and the value that does not count. data: its name, for errors.
     """
-    takes, cut = run["labels"], run["cut"]
-    shape, classes, ignored = takes["shape"], takes["classes"], takes["ignore_index"]
-    if tokens is not None:  # texts may be shorter than the longest, and so may labels with one value per token
+    accepted, cut = offer["labels"], offer["cut"]
+    shape, classes, ignored = accepted["shape"], accepted["classes"], accepted["ignore_index"]
+    if tokens is not None:  # a text may be shorter than the longest, and so may labels with one value per token
         if ignored is not None:
             shape = [tokens, *shape[1:]]
         elif shape and cut and classes == cut[0]:
             classes = tokens
     if list(labels.shape[1:]) != shape:
         raise DataError(
-            f"{what}: a sample's label has the shape {list(labels.shape[1:])}, and the server takes {shape}"
+            f"{data}: a sample's label has the shape {list(labels.shape[1:])}, and the server takes {shape}"
         )
     real = labels.dtype.kind == "f"
-    if real != takes["real"]:
+    if real != accepted["real"]:
         kinds = "integers", "floating-point numbers"
-        raise DataError(f"{what}: its labels are {kinds[real]}, and the server takes {kinds[takes['real']]}")
+        raise DataError(f"{data}: its labels are {kinds[real]}, and the server takes {kinds[accepted['real']]}")
     counted = labels if ignored is None else labels[labels != ignored]
     if not counted.size:
-        raise DataError(f"{what}: all of its labels are {ignored}, which do not count: there is nothing to learn from")
-    least, most = counted.min().item(), counted.max().item()
-    if classes is not None and not 0 <= least <= most < classes:
-        raise DataError(f"{what}: its labels are from {least} to {most}, and the server takes 0 to {classes - 1}")
+        raise DataError(f"{data}: all of its labels are {ignored}, which do not count: there is nothing to learn from")
+    low, high = counted.min().item(), counted.max().item()
+    if classes is not None and not 0 <= low <= high < classes:
+        raise DataError(f"{data}: its labels are from {low} to {high}, and the server takes 0 to {classes - 1}")
 
 
-def check_cut(made: list[int], finite: bool, texts: bool, cut: list[int], what: str) -> None:
-    """Raises DataError for cuts that the server would refuse in every round.
+def check_cut(shape: list[int], finite: bool, texts: bool, expected: list[int], data: str) -> None:
+    """Raises DataError for a cut that the server would refuse in every round.
 
-    made: a sample's shape; cut: the one that the server takes, of texts the longest's. finite: whether its numbers are.
+    shape: of one sample's cut. finite: whether all its numbers are. texts: whether samples are texts, which may be
+    shorter than the expected shape. expected: the shape that the server takes, for texts that of the longest. data: its
+    name, for errors.
     """
-    if made != cut and not (texts and made[:1] < cut[:1] and made[1:] == cut[1:]):
-        raise DataError(f"{what}: of these data the client half makes cuts of shape {made}, and the server takes {cut}")
+    if shape != expected and not (texts and shape[:1] < expected[:1] and shape[1:] == expected[1:]):
+        raise DataError(f"{data}: the client half makes cuts of shape {shape}, and the server takes {expected}")
     if not finite:
         raise DataError(
-            f"{what}: of its first samples the client half makes infinite or NaN numbers, and the server takes finite"
+            f"{data}: the client half makes infinite or NaN numbers of its first samples, and the server takes finite"
             " ones: look for such numbers among the inputs"
         )
 
 
 def fetch_file(line: Line, name: str, sha256: str, path: Path, needed: bool = False) -> bytes:
-    """A file that the server offers: from `path` if it is there, else fetched and written there.
+    """Return the bytes of a file that the server offers: from `path` if it has them, else fetched and written there.
 
-    needed: whether the file at `path` is read later, so that failing to write it is an error. Raises JoinError for a
-    damaged file, OSError.
+    sha256: of the file, as the offer says. needed: whether the file at `path` is read later, so that failing to write
+    it is an error. Raises JoinError for a damaged file, and OSError.
     """
     if path.is_file() and hashlib.sha256(data := path.read_bytes()).hexdigest() == sha256:
         return data
@@ -124,64 +134,65 @@ def fetch_file(line: Line, name: str, sha256: str, path: Path, needed: bool = Fa
 
 
 class _Refusals:
-    """Logs why the server refuses messages; a reason that recurs, only once."""
+    """Logs why the server refuses a client's messages; the same reason in a row only once."""
 
     def __init__(self, number: int) -> None:
-        self.number, self._said = number, ""
+        self.number, self._last = number, ""
 
-    def __call__(self, why: str) -> None:
-        if why != self._said:
-            log.warning("the server refuses what client %d sends: %s", self.number, printable(why))
-        self._said = why
+    def __call__(self, reason: str) -> None:
+        if reason != self._last:
+            log.warning("the server refuses what client %d sends: %s", self.number, printable(reason))
+        self._last = reason
 
 
-def take_part(line: Line, number: int, folder: Path, made: Callable[[bytes], Endpoint[Any]]) -> None:
-    """Take part in a run until the line is closed. If the server starts another run, the client takes part in it.
+def take_part(line: Line, number: int, folder: Path, make_endpoint: Callable[[bytes], Endpoint[Any]]) -> None:
+    """Take part in a run until the line is closed. If the server starts another run, the client takes part in that.
 
-    folder: of this client, for its state. made: makes the client from the run that the server offers. Raises JoinError,
-    and what `made` raises.
+    number: the client's. folder: for this client's state. make_endpoint: makes the client from the offer's bytes.
+    Raises JoinError, and what `make_endpoint` raises.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FolderLock(folder, "client")
     try:
 
-        def joined() -> tuple[Endpoint[Any], SavedState]:
+        def join_run() -> tuple[Endpoint[Any], SavedState]:
             """Make the client for the run that is offered now, and restore its saved state."""
             log.info("client %d asks for the server's run, and waits until there is one", number)
-            endpoint = made(line.fetch("run"))
+            endpoint = make_endpoint(line.fetch("run"))
             endpoint.refused = _Refusals(number)
-            kept = SavedState(folder / "state.safetensors", endpoint.run, endpoint.client)
-            kept.restore()
+            saved_state = SavedState(folder / "state.safetensors", endpoint.run, endpoint.client)
+            saved_state.restore()
             log.info("client %d joins at round %d", number, endpoint.client.applied)
-            return endpoint, kept
+            return endpoint, saved_state
 
-        taken: list[tuple[Endpoint[Any], SavedState]] = [joined()]  # empty while another run is fetched
-        failed: list[Exception] = []
+        # The current run's client. A list, since it must be empty while the next one is made: there may be no memory
+        # for two.
+        current: list[tuple[Endpoint[Any], SavedState]] = [join_run()]
+        errors: list[Exception] = []
 
-        def answer(ask: bytes) -> bytes:
+        def answer(request: bytes) -> bytes:
             try:
-                said = taken[0][0].answer(ask)
+                reply = current[0][0].answer(request)
             except AnotherRun:
                 log.info("client %d leaves its run: the server has begun another", number)
-                taken.clear()
-            # Not in the handler, whose error would keep the old client alive: there may be no memory for two.
-            if not taken:
+                current.clear()
+            if not current:  # not in the handler above, whose traceback keeps the old client alive
                 try:
-                    taken.append(joined())
+                    current.append(join_run())
                 except Exception as error:
-                    failed.append(error)  # the line only logs it
+                    errors.append(error)  # the line only logs it
                     line.close()
                     raise
-                said = taken[0][0].answer(ask)
-            taken[0][1].save(due=False)
-            return said
+                reply = current[0][0].answer(request)
+            current[0][1].save(due=False)
+            return reply
 
         try:
             line.serve(answer)
         finally:
-            for _, kept in taken:
-                kept.save()
-        if failed:
-            raise failed[0]
+            for _, saved_state in current:
+                saved_state.save()
+        if errors:
+            raise errors[0]
     finally:
         lock.close()

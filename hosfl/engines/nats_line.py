@@ -1,4 +1,4 @@
-"""A client's side of a NATS broker: it answers, fetches files, and says that it is here. See `nats.py`."""
+"""The client's side of the NATS engine: answers requests, fetches files, and sends signs of life. See `nats.py`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from queue import Empty, SimpleQueue
 
 from hosfl.engines.engine import EngineError
 from hosfl.engines.frames import (
-    MAX_ASKS,
+    MAX_REQUESTS,
     WINDOW,
     Beat,
     Bye,
@@ -31,17 +31,18 @@ from hosfl.engines.frames import (
     encode,
     start_incoming,
 )
-from hosfl.engines.nats import MAX_MESSAGE, STALLED, TWO_SERVERS, ThrottledLog, check_line, log
+from hosfl.engines.nats import MAX_MESSAGE, STALLED, TWO_SERVERS, ThrottledLog, check_names, log
 from hosfl.engines.nats_link import Link
 from hosfl.terminal import printable
 
-SILENT = 3.0  # seconds without a ping, after which a client says that it is here: a server pings those of its run alone
-FETCH_RETRY = 1.0  # seconds without an answer, after which a file is asked for again
+# Seconds without a ping, after which a client sends a beat unasked: a server pings only the clients of its run.
+PING_TIMEOUT = 3.0
+FETCH_RETRY = 1.0  # seconds without an answer, after which a file is requested again
 
 
 @dataclass
-class _Task:
-    """An ask at the client: being received, then queued, then answered."""
+class _Request:
+    """A request of the server: it is received, then queued, then answered."""
 
     incoming: Incoming
     queued: bool = False
@@ -49,24 +50,24 @@ class _Task:
 
 
 @dataclass
-class _Fetching:
-    """A file on its way. done: its bytes, or why there are none."""
+class _Download:
+    """A file that is being fetched. done: gets its bytes, or the reason of a failure as text."""
 
     id: int
     name: str
     done: SimpleQueue[bytes | str]
-    asked: float = 0.0  # when, the last time
-    announced: bool = False  # since then
+    requested_at: float = 0.0  # time of the last request
+    announced: bool = False  # whether the server has announced it since
     incoming: Incoming | None = None
 
 
 class NatsLine:
-    """A client's side.
+    """The client's side of the NATS engine.
 
-    urls, run, tls: as of `NatsEngine`; the certificate is this client's. client: its number. largest: bytes of an
-    ask, or of a file.
+    urls, run, tls: as for `NatsEngine`; the certificate is this client's. client: its number. largest: size of the
+    largest request or file, bytes.
 
-    Connects in the background. The server sees a client that serves; fetching it can do before.
+    Connects in the background. A client counts as present while it serves; it can fetch files before that.
     """
 
     def __init__(
@@ -78,19 +79,19 @@ class NatsLine:
         *,
         largest: int = MAX_MESSAGE,
     ) -> None:
-        check_line(run, client)
+        check_names(run, client)
         self.run, self.client, self.largest = run, client, largest
-        self._up = f"hosfl.{run}.up.{client}.m"
+        self._up_subject = f"hosfl.{run}.up.{client}.m"
         self._id, self._connections = secrets.randbits(64), 0
         self._server: Ping | None = None
-        self._earlier_servers: tuple[int, ...] = ()  # servers that another took the place of
-        self._heard = 0.0  # when the server's last ping was
+        self._earlier_servers: tuple[int, ...] = ()  # servers that another one has replaced
+        self._last_ping = 0.0  # time of the server's last ping
         self._serving = self._closed = False
-        self._refusal = ""  # why the server has no place for it
-        self._tasks: dict[int, _Task] = {}
+        self._refusal = ""  # why the server refuses this line
+        self._requests: dict[int, _Request] = {}
         self._queue: SimpleQueue[int | None] = SimpleQueue()
         self._fetch_lock = threading.Lock()
-        self._fetching: _Fetching | None = None
+        self._download: _Download | None = None
         self._log = ThrottledLog()
         subjects = [f"hosfl.{run}.down.{client}.m"]
         name = f"client {client} of run {run}"
@@ -98,53 +99,47 @@ class NatsLine:
         self._link.start()
 
     def fetch(self, name: str, deadline: float | None = None) -> bytes:
-        """See `Line.fetch`. One after another, from any thread."""
+        """See `Line.fetch`. May be called from any thread; one file is fetched at a time."""
         if not name or len(name.encode()) > 500:
             raise EngineError(f"a file's name has 1 to 500 bytes, not {len(name.encode())}")
         with self._fetch_lock:
-            fetching = _Fetching(secrets.randbits(64), name, SimpleQueue())
-            self._link.call(self._fetch, fetching)
+            download = _Download(secrets.randbits(64), name, SimpleQueue())
+            self._link.call(self._set_download, download)
             try:
-                found = fetching.done.get(timeout=deadline)
+                result = download.done.get(timeout=deadline)
             except Empty:
                 raise EngineError(f"{name!r} has not come in {deadline:g} seconds") from None
             finally:
                 with contextlib.suppress(EngineError):  # closed: nothing is fetched any more
-                    self._link.call(self._fetch, None)
-        if isinstance(found, str):
-            raise EngineError(found)
-        return found
+                    self._link.call(self._set_download, None)
+        if isinstance(result, str):
+            raise EngineError(result)
+        return result
 
     def serve(self, answer: Callable[[bytes], bytes]) -> None:
         """See `Line.serve`."""
-        self._present(True)
+        self._link.call(self._set_serving, True)
         try:
             while (id := self._queue.get()) is not None:
-                message = self._link.call(self._take, id)
+                message = self._link.call(self._take_message, id)
                 if message is not None:
-                    self._link.call(self._reply, id, self._answered(answer, message))
+                    self._link.call(self._reply, id, self._run_answer(answer, message))
         except EngineError:
             if not self._closed:
                 raise
         finally:
-            self._present(False)
+            with contextlib.suppress(EngineError):  # closed
+                self._link.call(self._set_serving, False)
         if self._refusal:
             raise EngineError(self._refusal)
 
-    def _answered(self, answer: Callable[[bytes], bytes], message: bytes) -> Outgoing:
-        """Run `answer`. Of an error only the type's name is sent, since its text may hold the client's data."""
+    def _run_answer(self, answer: Callable[[bytes], bytes], message: bytes) -> Outgoing:
+        """Return the reply. Of an error only the name of its class is sent: its text may quote the client's data."""
         try:
             return Outgoing(bytes(memoryview(answer(message))))
         except Exception as error:
             log.exception("client %d could not answer", self.client)
             return Outgoing(type(error).__name__[:100].encode(), failed=True)
-
-    def _present(self, serving: bool) -> None:
-        try:
-            self._link.call(self._serve, serving)
-        except EngineError:
-            if serving:
-                raise
 
     def close(self) -> None:
         """See `Line.close`."""
@@ -158,82 +153,87 @@ class NatsLine:
 
     # From here on, everything runs in the link's thread.
 
-    def _serve(self, serving: bool) -> None:
+    def _set_serving(self, serving: bool) -> None:
+        """Tell the server that this client is present, or that it is not any more."""
         if self._serving and not serving:
             self._post(encode(Bye(self._id)))
         self._serving = serving
         if serving:
-            self._beat()
+            self._send_beat()
 
     def _close(self) -> None:
-        self._serve(False)
-        if self._fetching is not None:
-            self._fetching.done.put(f"{self._link.name} was closed")
+        self._set_serving(False)
+        if self._download is not None:
+            self._download.done.put(f"{self._link.name} was closed")
 
-    def _fetch(self, fetching: _Fetching | None) -> None:
-        if fetching is None and self._fetching is not None:
-            self._post(encode(Ended(self._fetching.id, EndReason.DONE)))
-        self._fetching = fetching
-        if fetching is not None:
-            self._ask_file(fetching)
+    def _set_download(self, download: _Download | None) -> None:
+        """Begin to fetch a file; None: end the download."""
+        if download is None and self._download is not None:
+            self._post(encode(Ended(self._download.id, EndReason.DONE)))
+        self._download = download
+        if download is not None:
+            self._request_file(download)
 
-    def _ask_file(self, fetching: _Fetching) -> None:
-        fetching.asked, fetching.announced = time.monotonic(), False
-        self._post(encode(Fetch(fetching.id, fetching.name)))
+    def _request_file(self, download: _Download) -> None:
+        download.requested_at, download.announced = time.monotonic(), False
+        self._post(encode(Fetch(download.id, download.name)))
 
-    def _take(self, id: int) -> bytes | None:
-        task = self._tasks.get(id)
-        if task is None:
+    def _take_message(self, id: int) -> bytes | None:
+        """Return a request's bytes; None if the request is over, or damaged: then it is answered with that reason."""
+        request = self._requests.get(id)
+        if request is None:
             return None
-        message = task.incoming.message()
+        message = request.incoming.take_message()
         if message is None:
             self._reply(id, Outgoing(b"the message is damaged", failed=True))
         return message
 
     def _reply(self, id: int, reply: Outgoing) -> None:
-        task = self._tasks.get(id)
-        if task is None:
-            log.warning("client %d: its reply to ask %016x is not sent: the ask is over", self.client, id)
+        request = self._requests.get(id)
+        if request is None:
+            log.warning("client %d: its reply to request %016x is not sent: the request is over", self.client, id)
             return
-        task.reply = reply
+        request.reply = reply
         self._post(reply.announcement(id))
 
     def _post(self, frame: bytes) -> None:
-        self._link.post(self._up, frame)
+        self._link.post(self._up_subject, frame)
 
-    def _beat(self) -> None:
+    def _send_beat(self) -> None:
         if self._serving:
-            asks = tuple((id, task.reply is not None) for id, task in self._tasks.items())
-            self._post(encode(Beat(self._id, self._connections, asks)))
+            requests = tuple((id, request.reply is not None) for id, request in self._requests.items())
+            self._post(encode(Beat(self._id, self._connections, requests)))
 
     def _connected(self) -> None:
         self._connections += 1
-        self._beat()
+        self._send_beat()
         self._request_again()
 
     def _request_again(self, stalled: float = 0.0) -> None:
-        """Request again every transfer that has not moved for `stalled` seconds; 0: all, after a new connection."""
+        """Resume each transfer that has made no progress for `stalled` seconds; 0: all, after a new connection."""
         now = time.monotonic()
-        for id, task in self._tasks.items():
-            if not task.incoming.whole and not task.queued and now - task.incoming.moved >= stalled:
-                self._request_more(id, task.incoming, again=True)
-        if self._fetching is not None:
-            incoming = self._fetching.incoming
-            if now - max(self._fetching.asked, incoming.moved if incoming else 0.0) >= stalled:
-                self._ask_file(self._fetching)
+        for id, request in self._requests.items():
+            if not request.incoming.complete and not request.queued and now - request.incoming.last_progress >= stalled:
+                self._request_more(id, request.incoming, again=True)
+        if self._download is not None:
+            incoming = self._download.incoming
+            if now - max(self._download.requested_at, incoming.last_progress if incoming else 0.0) >= stalled:
+                self._request_file(self._download)
 
     def _request_more(self, id: int, incoming: Incoming, again: bool = False) -> None:
-        want = incoming.wanted(id, WINDOW, again)
+        """Request the next window of a message, if it is time to. again: also what was requested and has not come."""
+        want = incoming.next_want(id, WINDOW, again)
         if want is not None:
             self._post(want)
 
     def _tick(self, since: float) -> None:
-        if time.monotonic() - self._heard > SILENT:
-            self._beat()
+        """Send a beat if the server is silent, and resume stalled transfers."""
+        if time.monotonic() - self._last_ping > PING_TIMEOUT:
+            self._send_beat()
         self._request_again(STALLED)
-        fetching = self._fetching
-        if fetching is not None and not fetching.announced and time.monotonic() - fetching.asked > FETCH_RETRY:
-            self._ask_file(fetching)
+        download = self._download
+        if download is not None and not download.announced and time.monotonic() - download.requested_at > FETCH_RETRY:
+            self._request_file(download)
 
     def _receive(self, subject: bytes, data: bytes) -> None:
         try:
@@ -244,92 +244,95 @@ class NatsLine:
         if isinstance(frame, Ping):
             self._on_ping(frame)
         elif isinstance(frame, Piece):
-            if self._fetching is not None and frame.id == self._fetching.id:
-                self._on_file_piece(self._fetching, frame)
+            if self._download is not None and frame.id == self._download.id:
+                self._on_file_piece(self._download, frame)
             else:
                 self._on_piece(frame)
         elif isinstance(frame, Want):
-            task = self._tasks.get(frame.id)
-            if task is not None and task.reply is not None:
+            request = self._requests.get(frame.id)
+            if request is not None and request.reply is not None:
                 if frame.length == 0:
-                    self._post(task.reply.announcement(frame.id))
-                elif frame.offset < len(task.reply.data):
-                    end = min(len(task.reply.data), frame.offset + min(frame.length, WINDOW))
-                    self._link.stream(self._up, frame.id, task.reply, frame.offset, end)
+                    self._post(request.reply.announcement(frame.id))
+                elif frame.offset < len(request.reply.data):
+                    end = min(len(request.reply.data), frame.offset + min(frame.length, WINDOW))
+                    self._link.stream(self._up_subject, frame.id, request.reply, frame.offset, end)
         elif isinstance(frame, Ended):
             self._on_ended(frame)
 
     def _on_ping(self, ping: Ping) -> None:
-        before, self._server, self._heard = self._server, ping, time.monotonic()
-        if before != ping:  # a new connection of the server's, or another server, which will say what it does not know
+        """Answer a ping by a beat, and notice another server, or a new connection of the same one."""
+        before, self._server, self._last_ping = self._server, ping, time.monotonic()
+        if (
+            before != ping
+        ):  # the server has a new connection, or is another one, which will refuse what it does not know
             self._request_again()
         if before is not None and before.engine != ping.engine:
-            if ping.engine in self._earlier_servers:  # it has not ended, as one does that is started anew
+            if ping.engine in self._earlier_servers:  # so it is still running: a restarted one has a new number
                 self._log.warn("servers", f"client %d: {TWO_SERVERS}", self.client, self.run, level=logging.ERROR)
                 for engine in (before.engine, ping.engine):
                     self._post(encode(Ended(engine, EndReason.REPLACED)))
             self._earlier_servers = (*self._earlier_servers[-7:], before.engine)
-        self._beat()
+        self._send_beat()
 
-    def _forget(self, id: int) -> None:
-        del self._tasks[id]
-        self._link.stop(self._up, id)
+    def _forget_request(self, id: int) -> None:
+        del self._requests[id]
+        self._link.stop(self._up_subject, id)
 
     def _on_piece(self, piece: Piece) -> None:
-        task = self._tasks.get(piece.id)
-        if task is None:
-            if len(self._tasks) >= MAX_ASKS:
+        request = self._requests.get(piece.id)
+        if request is None:
+            if len(self._requests) >= MAX_REQUESTS:
                 return
-            task = self._tasks[piece.id] = _Task(start_incoming(piece, time.monotonic))
+            request = self._requests[piece.id] = _Request(start_incoming(piece, time.monotonic))
             if piece.total > self.largest:
-                task.queued = True
+                request.queued = True
                 text = f"{piece.total} bytes, more than the largest message of {self.largest}"
                 self._reply(piece.id, Outgoing(text.encode(), failed=True))
-        elif not task.queued and task.incoming.fits(piece):
-            task.incoming.take(piece)
-        if task.queued:
+        elif not request.queued and request.incoming.fits(piece):
+            request.incoming.add(piece)
+        if request.queued:
             return
-        if task.incoming.whole:
-            task.queued = True
+        if request.incoming.complete:
+            request.queued = True
             self._queue.put(piece.id)
         else:
-            self._request_more(piece.id, task.incoming)
+            self._request_more(piece.id, request.incoming)
 
-    def _on_file_piece(self, fetching: _Fetching, piece: Piece) -> None:
-        fetching.announced = True
+    def _on_file_piece(self, download: _Download, piece: Piece) -> None:
+        download.announced = True
         if piece.total > self.largest:
-            fetching.done.put(f"{fetching.name!r} has {piece.total} bytes; the largest file is one of {self.largest}")
+            download.done.put(f"{download.name!r} has {piece.total} bytes; the largest file is one of {self.largest}")
             return
-        incoming = fetching.incoming
+        incoming = download.incoming
         if incoming is None or (incoming.total, incoming.crc) != (piece.total, piece.crc):
-            incoming = fetching.incoming = start_incoming(piece, time.monotonic)
+            incoming = download.incoming = start_incoming(piece, time.monotonic)
         elif incoming.fits(piece):
-            incoming.take(piece)
+            incoming.add(piece)
         elif not piece.data:
-            self._request_more(fetching.id, incoming, again=True)  # announced again
+            self._request_more(download.id, incoming, again=True)  # announced again
             return
-        if incoming.whole:
-            data = incoming.message()
-            fetching.done.put(f"{fetching.name!r} is damaged" if data is None else data)
+        if incoming.complete:
+            data = incoming.take_message()
+            download.done.put(f"{download.name!r} is damaged" if data is None else data)
         else:
-            self._request_more(fetching.id, incoming)
+            self._request_more(download.id, incoming)
 
     def _on_ended(self, ended: Ended) -> None:
         if ended.id == self._id:  # the line itself
             self._refusal = f"another process is client {self.client} now"
-            if ended.why is not EndReason.REPLACED:
+            if ended.reason is not EndReason.REPLACED:
                 self._refusal = printable(ended.text)
             log.error("client %d ends: %s", self.client, self._refusal)
             self._serving = False
             self._queue.put(None)
-        elif self._fetching is not None and ended.id == self._fetching.id:
-            if ended.why is EndReason.REFUSED:
-                self._fetching.done.put(printable(ended.text) or f"the server does not offer {self._fetching.name!r}")
-            elif ended.why is EndReason.UNKNOWN:
-                self._ask_file(self._fetching)
-        elif ended.id in self._tasks:
-            self._forget(ended.id)
-            if ended.why is not EndReason.DONE:
-                text = {EndReason.LATE: "it came late", EndReason.UNKNOWN: "the server does not know it any more"}
-                reason = text.get(ended.why) or printable(ended.text)
-                log.warning("client %d: ask %016x has ended without its reply: %s", self.client, ended.id, reason)
+        elif self._download is not None and ended.id == self._download.id:
+            if ended.reason is EndReason.REFUSED:
+                self._download.done.put(printable(ended.text) or f"the server does not offer {self._download.name!r}")
+            elif ended.reason is EndReason.UNKNOWN:
+                self._request_file(self._download)
+        elif ended.id in self._requests:
+            self._forget_request(ended.id)
+            if ended.reason is not EndReason.DONE:
+                texts = {EndReason.LATE: "it came late", EndReason.UNKNOWN: "the server does not know it any more"}
+                reason = texts.get(ended.reason) or printable(ended.text)
+                log.warning("client %d: request %016x has ended without its reply: %s", self.client, ended.id, reason)

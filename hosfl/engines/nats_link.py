@@ -1,8 +1,10 @@
-"""A connection to a NATS broker that never gives up, in a thread of its own.
+"""A connection to a NATS broker that reconnects for ever, in a thread of its own.
 
-nats-py connects and speaks; three things are done here instead. Its parser and its reading of headers can be stopped by
-one message: a header that is not UTF-8, a reply subject with a vertical tab. It does without TLS where the broker, or
-somebody in between, says so. And it keeps what it could not send for the next connection, where nobody waits for it.
+nats-py connects and speaks the protocol. This module replaces three parts of it:
+
+- its parser, which one message can stop: by a header that is not UTF-8, or a vertical tab in a reply subject;
+- its use of TLS: it does without where the broker, or somebody in between, says so;
+- its outbox, which keeps unsent messages for the next connection, where nobody waits for them any more.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from concurrent.futures import TimeoutError as Waited
+from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -27,23 +29,23 @@ from nats.aio.client import Client
 from nats.protocol.parser import Parser
 
 from hosfl.engines.engine import EngineError
-from hosfl.engines.frames import LEAST, PIECE, SMALL, Outgoing
+from hosfl.engines.frames import MAX_PIECE, MIN_PIECE, SMALL, Outgoing
 
 log = logging.getLogger("hosfl.engines.nats")
-# nats-py's stream does not know that it is under TLS: asyncio says so at every connection's end, and nothing is wrong.
+# nats-py's stream does not know that it is under TLS, so asyncio warns at the end of every connection, for no reason.
 logging.getLogger("asyncio").addFilter(lambda record: "eof_received" not in str(record.msg))
 T = TypeVar("T")
 Receive = Callable[[bytes, bytes], None]
 
-TICK = 0.5  # seconds
-FIRST, LONGEST = 0.1, 2.0  # seconds between attempts to connect
-REFUSED = 30.0  # the longest where it is not let in: somebody has to renew its certificate first
-ANSWERS = 10.0  # seconds in which a broker answers
-AROUND = 256  # bytes of a frame that are no data, and more
+TICK = 0.5  # seconds between two ticks
+FIRST_DELAY, MAX_DELAY = 0.1, 2.0  # seconds between attempts to connect; the delay doubles up to the second
+MAX_DELAY_REFUSED = 30.0  # the same, if the broker refuses the certificate: somebody has to renew it first
+TIMEOUT = 10.0  # seconds in which a broker answers
+FRAME_OVERHEAD = 256  # bytes of a frame beside its data, at most
 
 
 class _Parser(Parser):
-    """Cuts what the broker sends where the broker does, at blanks, and reads no headers."""
+    """A parser of the broker's protocol that splits lines at blanks only, and skips headers."""
 
     def reset(self) -> None:
         super().reset()
@@ -78,7 +80,7 @@ class _Parser(Parser):
 
 
 class _Connection(Client):
-    """One connection."""
+    """A connection of nats-py's that passes messages to `receive`, and insists on TLS if `secure`."""
 
     def __init__(self, receive: Receive, secure: bool) -> None:
         super().__init__()
@@ -93,7 +95,7 @@ class _Connection(Client):
 
 @dataclass
 class _Stream:
-    """Bytes of a message that somebody asked for."""
+    """The bytes of a message from `offset` to `end`, which a receiver has requested and which are not sent yet."""
 
     subject: str
     outgoing: Outgoing
@@ -102,12 +104,12 @@ class _Stream:
 
 
 class Link:
-    """A thread with a connection.
+    """A thread that keeps a connection to a broker.
 
-    urls: of brokers, such as "tls://host:4222". subjects: what is heard. receive(subject, data), connected() after
-    every new connection and tick(since) every half second are called in the thread. At a tick everything that the
-    broker had for us at `since`, of time.monotonic(), has been received. `post`, `stream` and `stop` are for the thread
-    alone, `call` is for all others.
+    urls: of brokers, such as "tls://host:4222". subjects: those to subscribe to. The thread calls receive(subject,
+    data) for every message, connected() after every new connection, and tick(since) every half second; by then
+    everything that the broker had for this client at time.monotonic() = since has been received. `post`, `stream` and
+    `stop` may be called in the thread only, `call` in all others. up: whether there is a connection.
     """
 
     def __init__(
@@ -133,25 +135,25 @@ class Link:
         self._streams: dict[tuple[str, int], _Stream] = {}
         self._loop = asyncio.new_event_loop()
         self._wake, self._closing = asyncio.Event(), asyncio.Event()
-        self._complained: dict[str, float] = {}  # of each text, when
-        self._thread = threading.Thread(target=self._work, name=f"hosfl {name}", daemon=True)
+        self._warned_at: dict[str, float] = {}  # by text: time of the last warning
+        self._thread = threading.Thread(target=self._run_loop, name=f"hosfl {name}", daemon=True)
 
     def start(self) -> None:
-        """Connect, as soon as there is a broker."""
+        """Start the thread, which connects as soon as there is a broker."""
         self._thread.start()
 
     def close(self) -> None:
-        """Send what is there to send, and end the thread."""
+        """Send the frames in the outbox, and end the thread."""
         if not self._loop.is_closed():
             try:
                 self._loop.call_soon_threadsafe(self._closing.set)
             except RuntimeError:
                 return  # closed meanwhile
         if self._thread.ident is not None and threading.current_thread() is not self._thread:
-            self._thread.join(ANSWERS)
+            self._thread.join(TIMEOUT)
 
     def call(self, function: Callable[..., T], *arguments: Any) -> T:
-        """A function's result, from the thread. Raises EngineError once the link is closed."""
+        """Call a function in the thread, and return its result. Raises EngineError once the link is closed."""
         result: Future[T] = Future()
 
         def run() -> None:
@@ -169,19 +171,19 @@ class Link:
         while True:
             try:
                 return result.result(timeout=1)
-            except Waited:
+            except FutureTimeout:
                 if result.done() or self._thread.is_alive():
                     continue
                 raise EngineError(f"{self.name} is closed") from None
 
     def post(self, subject: str, frame: bytes, reply: str = "") -> None:
-        """Send a frame. Without a connection it is dropped: whoever gets a new one says what is missing."""
+        """Send a frame. Without a connection it is dropped: after the next one both sides request what they lack."""
         if self.up:
             self._outbox.append((subject, frame, reply))
             self._wake.set()
 
     def stream(self, subject: str, id: int, outgoing: Outgoing, offset: int, end: int) -> None:
-        """Send bytes of a message in pieces, in turn with all other streams."""
+        """Send the bytes of a message from `offset` to `end` in pieces, in turn with all other streams."""
         if not self.up:
             return
         stream = self._streams.get((subject, id))
@@ -195,53 +197,55 @@ class Link:
         """End a stream."""
         self._streams.pop((subject, id), None)
 
-    def _work(self) -> None:
+    def _run_loop(self) -> None:
         try:
-            self._loop.run_until_complete(self._run())
+            self._loop.run_until_complete(self._keep_connected())
         finally:
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
             self._loop.close()
 
-    async def _run(self) -> None:
-        delay = FIRST
+    async def _keep_connected(self) -> None:
+        """Connect, serve the connection until it is lost, and begin again, until the link is closed."""
+        delay = FIRST_DELAY
         while not self._closing.is_set():
-            connection, lost = _Connection(self._heard, self.tls is not None), asyncio.Event()
+            connection, lost = _Connection(self._on_message, self.tls is not None), asyncio.Event()
             try:
                 await self._connect(connection, lost)
-            except Exception as error:  # of sockets, of TLS, of nats-py and of its parser: whatever a broker may say
-                self._complain(error)  # after what led to it, if nats-py has told
-                await self._shut(connection)
-                await self._nap(delay * random.uniform(0.5, 1))
-                delay = min(2 * delay, REFUSED if "authorization" in str(error).lower() else LONGEST)
+            except Exception as error:  # of sockets, of TLS, of nats-py and its parser: a broker may send anything
+                self._warn(error)
+                await self._disconnect(connection)
+                await self._sleep(delay * random.uniform(0.5, 1))
+                delay = min(2 * delay, MAX_DELAY_REFUSED if "authorization" in str(error).lower() else MAX_DELAY)
                 continue
-            delay = FIRST
+            delay = FIRST_DELAY
             log.info("%s is connected", self.name)
             self._outbox.clear()
             self._streams.clear()
             self.up = True
-            self._safely(self._connected)
-            works = [asyncio.ensure_future(w) for w in (self._send(connection), self._beat(connection), lost.wait())]
+            self._call_safely(self._connected)
+            coroutines = self._send_outbox(connection), self._tick_regularly(connection), lost.wait()
+            tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
             closing = asyncio.ensure_future(self._closing.wait())
-            await asyncio.wait([*works, closing], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([*tasks, closing], return_when=asyncio.FIRST_COMPLETED)
             if self._closing.is_set() and not lost.is_set():
-                await self._last_words(connection)
+                await self._flush_outbox(connection)
             self.up = False
-            await self._shut(connection)
-            for work in (*works, closing):
-                work.cancel()
-            for outcome in await asyncio.gather(*works, closing, return_exceptions=True):
+            await self._disconnect(connection)
+            for task in (*tasks, closing):
+                task.cancel()
+            for outcome in await asyncio.gather(*tasks, closing, return_exceptions=True):
                 if isinstance(outcome, Exception):
-                    self._complain(outcome)
+                    self._warn(outcome)
             if not self._closing.is_set():
                 log.warning("%s has lost its connection, and looks for another", self.name)
-                await self._nap(FIRST * random.random())
+                await self._sleep(FIRST_DELAY * random.random())
 
     async def _connect(self, connection: _Connection, lost: asyncio.Event) -> None:
         async def error(error: Exception) -> None:
             if "permissions" in str(error):
-                self._complain(error, "%s: the broker does not let it (%s), and it tries on: %s")
+                self._warn(error, "%s: the broker does not let it (%s), and it tries on: %s")
             elif not self.up:
-                self._complain(error)
+                self._warn(error)
 
         async def closed() -> None:
             lost.set()
@@ -252,24 +256,24 @@ class Link:
             tls=self.tls,
             allow_reconnect=False,
             max_reconnect_attempts=1,
-            reconnect_time_wait=FIRST,  # type: ignore[arg-type] # seconds, also in parts
+            reconnect_time_wait=FIRST_DELAY,  # type: ignore[arg-type] # seconds, also in parts
             connect_timeout=5,
             ping_interval=2,
             max_outstanding_pings=4,
-            pending_size=2 * PIECE,
+            pending_size=2 * MAX_PIECE,
             error_cb=error,
             closed_cb=closed,
         )
-        if connection.max_payload < SMALL + AROUND:
+        if connection.max_payload < SMALL + FRAME_OVERHEAD:
             raise EngineError(f"its max_payload is {connection.max_payload} bytes; let it be 1 MB, as it is by default")
         for subject in self.subjects:
             await connection.subscribe(subject)
-        await connection.flush(int(ANSWERS))
+        await connection.flush(int(TIMEOUT))
 
-    async def _send(self, connection: _Connection) -> None:
-        """All that goes out: frames first, then a piece of each stream in turn."""
-        piece = min(PIECE, (connection.max_payload - AROUND) // LEAST * LEAST)
-        while self.up:  # nats-py keeps a cancellation to itself
+    async def _send_outbox(self, connection: _Connection) -> None:
+        """Send what there is to send: frames first, then a piece of each stream in turn."""
+        piece = min(MAX_PIECE, (connection.max_payload - FRAME_OVERHEAD) // MIN_PIECE * MIN_PIECE)
+        while self.up:  # tested, since nats-py may swallow a cancellation
             await self._wake.wait()
             self._wake.clear()
             while self.up and (self._outbox or self._streams):
@@ -285,15 +289,16 @@ class Link:
                         self._streams[key] = stream
                 await connection.publish(subject, frame, reply)
 
-    async def _beat(self, connection: _Connection) -> None:
+    async def _tick_regularly(self, connection: _Connection) -> None:
+        """Call `tick` every half second, after all that the broker had at that time has been received."""
         while connection.is_connected:
             since = time.monotonic()
-            await connection.flush(int(ANSWERS))
-            self._safely(self._tick, since)
+            await connection.flush(int(TIMEOUT))
+            self._call_safely(self._tick, since)
             await asyncio.sleep(TICK)
 
-    async def _last_words(self, connection: _Connection) -> None:
-        """What is in the outbox, for a second at most."""
+    async def _flush_outbox(self, connection: _Connection) -> None:
+        """Send what is in the outbox, for about two seconds at most."""
         self._streams.clear()
         for _ in range(100):
             if not self._outbox:
@@ -304,32 +309,32 @@ class Link:
         except Exception as error:
             log.debug("%s: %s", self.name, error)
 
-    async def _shut(self, connection: _Connection) -> None:
+    async def _disconnect(self, connection: _Connection) -> None:
         try:
             await asyncio.wait_for(connection.close(), 2)
         except Exception as error:
             log.debug("%s: %s", self.name, error)
 
-    async def _nap(self, seconds: float) -> None:
+    async def _sleep(self, seconds: float) -> None:
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._closing.wait(), seconds)
 
-    def _heard(self, subject: bytes, data: bytes) -> None:
-        self._safely(self._receive, subject, data)
+    def _on_message(self, subject: bytes, data: bytes) -> None:
+        self._call_safely(self._receive, subject, data)
 
-    def _safely(self, function: Callable[..., None], *arguments: Any) -> None:
+    def _call_safely(self, function: Callable[..., None], *arguments: Any) -> None:
         try:
             function(*arguments)
         except Exception:
             log.exception("%s: a fault of hosfl's", self.name)
 
-    def _complain(self, error: Exception, text: str = "%s has no broker at %s, and tries on: %s") -> None:
-        """In the same words at most once in a minute."""
+    def _warn(self, error: Exception, text: str = "%s has no broker at %s, and tries on: %s") -> None:
+        """Log a warning, each text at most once a minute."""
         now = time.monotonic()
-        if now - self._complained.get(text, -math.inf) > 60:
-            self._complained[text] = now
-            log.warning(text, self.name, ", ".join(self.urls), _said(error))
+        if now - self._warned_at.get(text, -math.inf) > 60:
+            self._warned_at[text] = now
+            log.warning(text, self.name, ", ".join(self.urls), _error_text(error))
 
 
-def _said(error: Exception) -> str:
+def _error_text(error: Exception) -> str:
     return str(error) or type(error).__name__

@@ -21,7 +21,7 @@ from hosfl.extras import require
 
 Answer = Callable[[int, bytes], bytes]
 
-NOBODY = -1  # no actor's number
+NO_ACTOR = -1  # in place of an actor's number
 ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0"}  # a cluster that we start does not report to Ray's makers
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class RayEngine:
     cpus, gpus: of each actor, as Ray counts them. An actor computes with as many threads as it has CPUs, or one.
     patience: seconds for all actors to have called `make`.
 
-    Raises EngineError where the actors cannot start, and says why; ImportError without Ray.
+    Raises EngineError with the reason if the actors cannot start; ImportError without Ray.
     """
 
     def __init__(
@@ -65,10 +65,10 @@ class RayEngine:
         self.clients = clients
         self._actors: list[Any] = []
         self._calls: dict[Any, _Call] = {}  # by Ray's reference to the result: one for each busy actor
-        self._away: dict[int, Any] = {}  # dead actors, and the calls that end when they are back
+        self._away: dict[int, Any] = {}  # by dead actor: the call that ends when it is back; None if it will not be
         self._started = not self._ray.is_initialized()
         if self._started:
-            _join(self._ray, address, None if actors is None else max(1, math.ceil(actors * cpus)))
+            _init_ray(self._ray, address, None if actors is None else max(1, math.ceil(actors * cpus)))
         try:
             self._start(make, min(clients, actors or self._max_actors(cpus, gpus)), cpus, gpus, patience)
         except BaseException:
@@ -76,10 +76,10 @@ class RayEngine:
             raise
 
     def _max_actors(self, cpus: float, gpus: float) -> int:
-        """The number of actors that the cluster has resources for."""
-        there = self._ray.cluster_resources()
-        rooms = [there.get(name, 0) / share for name, share in (("CPU", cpus), ("GPU", gpus)) if share]
-        return max(1, int(min(rooms, default=1)))
+        """Return the number of actors for which the cluster has resources."""
+        resources = self._ray.cluster_resources()
+        limits = [resources.get(name, 0) / share for name, share in (("CPU", cpus), ("GPU", gpus)) if share]
+        return max(1, int(min(limits, default=1)))
 
     def _start(self, make: Callable[[], Answer], count: int, cpus: float, gpus: float, patience: float) -> None:
         ray = self._ray
@@ -87,17 +87,17 @@ class RayEngine:
             self._make = ray.put(ray.cloudpickle.dumps(make))  # once for all actors
         except (TypeError, AttributeError, pickle.PicklingError) as error:
             raise EngineError(f"what makes the clients does not pickle: {_reason(error)}") from error
-        there = ray.cluster_resources().get("GPU", 0)
-        if self._started and there < count * gpus:  # a cluster of somebody else's may grow
+        gpus_here = ray.cluster_resources().get("GPU", 0)
+        if self._started and gpus_here < count * gpus:  # a cluster that was joined may grow
             raise EngineError(
-                f"{count} actors of {gpus:g} GPUs each were asked for, and this machine has {there:g} GPUs"
+                f"{count} actors of {gpus:g} GPUs each were asked for, and this machine has {gpus_here:g} GPUs"
             )
-        threads = {"OMP_NUM_THREADS": str(max(1, int(cpus)))}  # also where it is set otherwise for this process
+        threads = {"OMP_NUM_THREADS": str(max(1, int(cpus)))}  # whatever this process has it set to
         actor = ray.remote(
             num_cpus=cpus, num_gpus=gpus, max_restarts=-1, max_task_retries=0, runtime_env={"env_vars": threads}
         )(_Actor)
         self._actors = [actor.remote() for _ in range(count)]
-        missing = {self._made(actor) for actor in self._actors}
+        missing = {self._call_make(actor) for actor in self._actors}
         ends = time.monotonic() + patience
         while missing:
             done, _ = ray.wait(list(missing), timeout=max(0.0, ends - time.monotonic()))
@@ -114,12 +114,12 @@ class RayEngine:
                 raise EngineError(f"the clients cannot be made: {_reason(error)}") from error
 
     def present(self) -> frozenset[int]:
-        """All clients, if any actor is alive. One that has died since the last request still counts."""
+        """Return all clients if any actor is alive. One that has died since the last request still counts."""
         self._find_restarted()
         return frozenset(range(self.clients)) if len(self._away) < len(self._actors) else frozenset()
 
     def ask(self, messages: Mapping[int, bytes], deadline: float | None = None) -> Iterator[Reply]:
-        """As `Engine.ask`. One request at a time: a new one drops the replies that the last one still waits for.
+        """See `Engine.ask`. One request at a time: a new one drops the replies that the last one still waits for.
 
         An actor gets one client's bytes at a time; those still queued when a request ends are never sent. An actor that
         is busy with an earlier request takes this one's when it is done. If an actor dies, the client that it was
@@ -128,29 +128,29 @@ class RayEngine:
         Raises EngineError for clients that do not exist, if no actor can be restarted, and if the engine is closed.
         """
         check_ask(messages, self.clients)
-        return self._asked(messages, deadline)
+        return self._replies(messages, deadline)
 
-    def _asked(self, messages: Mapping[int, bytes], deadline: float | None) -> Iterator[Reply]:
+    def _replies(self, messages: Mapping[int, bytes], deadline: float | None) -> Iterator[Reply]:
         ends = math.inf if deadline is None else time.monotonic() + deadline
         self._find_restarted()
-        ask = object()
-        untold = dict.fromkeys(messages)  # clients, in order
-        queues: defaultdict[int, deque[int]] = defaultdict(deque)  # clients by their actors
+        request = object()  # marks the calls of this request
+        unanswered = dict.fromkeys(messages)  # clients, in order
+        queues: defaultdict[int, deque[int]] = defaultdict(deque)  # of clients, by actor
         for client in messages:
             queues[self._actor_of(client)].append(client)
-        while untold:
-            for client in queues.pop(NOBODY, ()):
-                del untold[client]
+        while unanswered:
+            for client in queues.pop(NO_ACTOR, ()):
+                del unanswered[client]
                 yield Reply(client, None, "gone")
             if not self._actors:
-                raise EngineError("the engine was closed during an ask")
-            left = ends - time.monotonic()
+                raise EngineError("the engine was closed during a request")
+            seconds_left = ends - time.monotonic()
             for actor in queues.keys() - {call.actor for call in self._calls.values()}:
-                if queues[actor] and left > 0:
+                if queues[actor] and seconds_left > 0:
                     client = queues[actor].popleft()
                     reference = self._actors[actor].answer.remote(client, messages[client])
-                    self._calls[reference] = _Call(ask, client, actor)
-            done = self._wait(self._calls, left)
+                    self._calls[reference] = _Call(request, client, actor)
+            done = self._wait(self._calls, seconds_left)
             if done is None:
                 break
             call = self._calls.pop(done)
@@ -158,17 +158,17 @@ class RayEngine:
             if call.actor in self._away:
                 for client in queues.pop(call.actor, ()):
                     queues[self._actor_of(client)].append(client)
-            if call.ask is ask:
-                del untold[call.client], done  # Ray keeps what an actor answered while its reference is held
+            if call.request is request:
+                del unanswered[call.client], done  # Ray keeps an answer in memory while its reference is held
                 yield reply
-        for client in untold:
+        for client in unanswered:
             yield Reply(client, None, "late")
 
     def offer(self, files: Mapping[str, bytes]) -> None:
-        """Nothing to do: `make` has what clients need."""
+        """Do nothing: `make` has what clients need."""
 
     def limit(self, largest: int) -> None:
-        """Nothing to do: the actors are trusted."""
+        """Do nothing: the actors are trusted."""
 
     def close(self) -> None:
         """End the actors and their clients, and the cluster if it was started here."""
@@ -183,40 +183,41 @@ class RayEngine:
         self._started = False
 
     def _actor_of(self, client: int) -> int:
-        """The actor that answers for a client now; NOBODY if all are dead."""
-        own = client % len(self._actors)
-        if own not in self._away:
-            return own
-        here = [actor for actor in range(len(self._actors)) if actor not in self._away]
-        return here[client % len(here)] if here else NOBODY
+        """Return the number of the actor that answers for a client now; NO_ACTOR if all are dead."""
+        actor = client % len(self._actors)
+        if actor not in self._away:
+            return actor
+        alive = [actor for actor in range(len(self._actors)) if actor not in self._away]
+        return alive[client % len(alive)] if alive else NO_ACTOR
 
-    def _wait(self, calls: Collection[Any], left: float) -> Any:
-        """A call that has ended; None if none does within `left` seconds."""
+    def _wait(self, calls: Collection[Any], seconds: float) -> Any:
+        """Wait for one of the calls to end, and return its reference; None if none does within so many seconds."""
         if not calls:
             return None
-        done, _ = self._ray.wait(list(calls), timeout=None if left == math.inf else max(0.0, left))
+        done, _ = self._ray.wait(list(calls), timeout=None if seconds == math.inf else max(0.0, seconds))
         return done[0] if done else None
 
     def _reply(self, call: _Call, reference: Any) -> Reply:
+        """Return the reply of a call that has ended. If its actor has died, begin to wait for its restart."""
         try:
-            answer, why = self._ray.get(reference), "it was restarted since it was last asked"
+            answer, reason = self._ray.get(reference), "it was restarted since it was last asked"
         except self._ray.exceptions.RayError as error:
-            answer, why = None, _reason(error)
+            answer, reason = None, _reason(error)
         if answer is None:
             if call.actor not in self._away:
-                log.warning("actor %d is away, and client %d gone: %s", call.actor, call.client, why)
-                self._away[call.actor] = self._made(self._actors[call.actor])
+                log.warning("actor %d is away, and client %d gone: %s", call.actor, call.client, reason)
+                self._away[call.actor] = self._call_make(self._actors[call.actor])
             return Reply(call.client, None, "gone")
         if isinstance(answer, bytes):
             return Reply(call.client, answer)
         return Reply(call.client, None, f"failed: {answer}")
 
-    def _made(self, actor: Any) -> Any:
-        """The call that ends once an actor has made its clients, however often it is restarted."""
-        return actor.made.options(max_task_retries=-1).remote(self._make)
+    def _call_make(self, actor: Any) -> Any:
+        """Call `make` in an actor. Returns the reference of the call, which survives restarts of the actor."""
+        return actor.make_answer.options(max_task_retries=-1).remote(self._make)
 
     def _find_restarted(self) -> None:
-        """Find out which of the dead actors are back."""
+        """Remove the dead actors that are back from `_away`. Raises EngineError if no actor can come back."""
         if not self._actors:
             raise EngineError("this engine is closed: make another")
         for actor, call in list(self._away.items()):
@@ -235,7 +236,7 @@ class RayEngine:
 class _Call(NamedTuple):
     """A running call of an actor, perhaps for a request that has ended."""
 
-    ask: object
+    request: object
     client: int
     actor: int
 
@@ -246,13 +247,13 @@ class _Actor:
     def __init__(self) -> None:
         self._answer: Answer | None = None
 
-    def made(self, make: bytes) -> None:
-        """Make the clients of this process, unless they are there."""
+    def make_answer(self, make: bytes) -> None:
+        """Call `make`, unless that was done in this process."""
         if self._answer is None:
             self._answer = pickle.loads(make)()
 
     def answer(self, client: int, data: bytes) -> bytes | str | None:
-        """The client's bytes; or the class of its error, a str; or None if this process was restarted."""
+        """Return the client's bytes; or the class of its error, a str; or None if this process was restarted."""
         if self._answer is None:
             return None
         try:
@@ -265,7 +266,7 @@ class _Actor:
             return type(error).__name__
 
 
-def _join(ray: Any, address: str | None, cpus: int | None) -> None:
+def _init_ray(ray: Any, address: str | None, cpus: int | None) -> None:
     """Join a cluster, or start one with this number of CPUs (None: all of this machine)."""
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
@@ -284,7 +285,7 @@ def _join(ray: Any, address: str | None, cpus: int | None) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """The last line of an error's message: Ray puts an actor's traceback before it."""
+    """Return the last line of an error's message: Ray puts an actor's traceback before it."""
     lines = str(error).strip().splitlines()
     return lines[-1].strip() if lines else type(error).__name__
 

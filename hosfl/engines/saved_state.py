@@ -19,13 +19,13 @@ from hosfl.protocol.lattice import Lattice
 from hosfl.protocol.replica import Replica, ReplicaState
 from hosfl.protocol.weights import Weights, as_file
 
-SAVED_EVERY = 60.0  # seconds; later rounds are replayed after a restart
+SAVE_EVERY = 60.0  # seconds; the rounds since the last save are replayed after a restart
 STATE_FORMAT = "3"  # files of other formats are ignored: the client then replays the whole log
 log = logging.getLogger("hosfl.join")
 
 
 @runtime_checkable
-class Replays(ClientProtocol, Protocol):
+class ReplicaClient(ClientProtocol, Protocol):
     """A client that holds a replica."""
 
     replica: Replica
@@ -35,20 +35,20 @@ class Replays(ClientProtocol, Protocol):
 
 
 class SavedState:
-    """A client's state on disk. Without it a client only takes longer to catch up.
+    """A client's state in a file. Without the file a restarted client only takes longer to catch up.
 
     A safetensors file with the trainable tensors, 0.0, 0.1, ..., then each of their moments, 1.0, 1.1, .... Its
     metadata have the values that `save` writes, as text, and a digest. run: the run's id.
     """
 
     def __init__(self, path: Path, run: bytes, client: ClientProtocol) -> None:
-        self.path, self.of, self.client = path, run.hex(), client
-        self._saved = time.monotonic()
+        self.path, self.run, self.client = path, run.hex(), client
+        self._saved_at = time.monotonic()
 
     def restore(self) -> None:
-        """Load what is there; a file that is damaged, or another run's, is passed over."""
+        """Load the file into the client. A missing, damaged or foreign file is ignored; the last two with a warning."""
         client = self.client
-        if not isinstance(client, Replays) or not self.path.exists():
+        if not isinstance(client, ReplicaClient) or not self.path.exists():
             return
         replica = client.replica
         try:
@@ -57,7 +57,7 @@ class SavedState:
                 metadata, read = file.metadata(), file.get_tensor if torch else Weights(self.path).__getitem__
                 if metadata["format"] != STATE_FORMAT:
                     raise ValueError("another version wrote it")
-                if metadata["run"] != self.of or metadata["client"] != str(client.number):
+                if metadata["run"] != self.run or metadata["client"] != str(client.number):
                     raise ValueError("it is of another run")
                 groups = [
                     [read(f"{group}.{n}") for n in range(len(replica.tensors))]
@@ -67,9 +67,9 @@ class SavedState:
             applied, epoch = int(metadata["applied"]), int(metadata["epoch"])
             if applied < 0 or epoch < 0:
                 raise ValueError(f"it is of round {applied}, epoch {epoch}")
-            mine = [[*replica.tensors], *replica.moments]
-            for kept, tensors in zip(groups, mine, strict=True):
-                if any(k.shape != t.shape or k.dtype != t.dtype for k, t in zip(kept, tensors, strict=True)):
+            current = [[*replica.tensors], *replica.moments]
+            for saved, tensors in zip(groups, current, strict=True):
+                if any(s.shape != t.shape or s.dtype != t.dtype for s, t in zip(saved, tensors, strict=True)):
                     raise ValueError("it is of another half")
             lattice = None if quantum is None else Lattice(quantum)
             client.load(ReplicaState(groups[0], groups[1:], applied, epoch, lattice))
@@ -80,18 +80,21 @@ class SavedState:
             client.reset()
 
     def save(self, due: bool = True) -> None:
-        """Write it, unless that was done a moment ago and is not due, or it is the base. A full disk is a warning."""
+        """Write the file, unless no round has been applied. A failure to write is only a warning.
+
+        due: False: not again within `SAVE_EVERY` seconds.
+        """
         client = self.client
-        if not isinstance(client, Replays) or (not due and time.monotonic() - self._saved < SAVED_EVERY):
+        if not isinstance(client, ReplicaClient) or (not due and time.monotonic() - self._saved_at < SAVE_EVERY):
             return
         replica = client.replica
         if not replica.applied:
-            return  # it is the base, or on the way there
+            return  # the weights are the base's, or are being reset to them
         groups: Sequence[Sequence[Array]] = [replica.tensors, *replica.moments]
-        tensors = {f"{group}.{n}": tensor for group, of in enumerate(groups) for n, tensor in enumerate(of)}
+        tensors = {f"{g}.{n}": tensor for g, group in enumerate(groups) for n, tensor in enumerate(group)}
         metadata = {
             "format": STATE_FORMAT,
-            "run": self.of,
+            "run": self.run,
             "client": str(client.number),
             "applied": str(replica.applied),
             "epoch": str(replica.epoch),
@@ -102,10 +105,10 @@ class SavedState:
             write_atomically(self.path, as_file(tensors, metadata))
         except OSError as error:
             log.warning("%s cannot be written: %s; a restart would replay more", self.path, error)
-        self._saved = time.monotonic()
+        self._saved_at = time.monotonic()
 
 
 def _digest(metadata: Mapping[str, str], replica: Replica) -> str:
-    """Of a state: SHA-256 of all its file's metadata but this, as JSON, then the digest of weights and moments."""
+    """Return the digest of a state: SHA-256 of its metadata without "digest", as JSON, then the replica's digest."""
     text = json.dumps({name: value for name, value in metadata.items() if name != "digest"}, sort_keys=True)
     return hashlib.sha256(text.encode() + replica.digest()).hexdigest()

@@ -1,9 +1,9 @@
-"""A federation on several machines: who may connect to its broker, and as whom. Without torch; needs the extra `nats`.
+"""Certificates and broker permissions of a federation on several machines. No torch; needs the extra `nats`.
 
-One authority signs a certificate for the broker, the server and each client. The broker lets in whom one of these
-names, and each does no more than its part: client K publishes `hosfl.RUN.up.K.>` and subscribes `hosfl.RUN.down.K.>`,
-the server publishes `hosfl.RUN.down.>` and subscribes `hosfl.RUN.up.>`. Nobody has `_INBOX.>`: a reply goes to a
-subject that its receiver may subscribe.
+One authority signs a certificate for the broker, the server and each client. The broker accepts only connections with
+one of these certificates, and limits what each may do: client K publishes at `hosfl.RUN.up.K.>` and subscribes to
+`hosfl.RUN.down.K.>`; the server publishes at `hosfl.RUN.down.>` and subscribes to `hosfl.RUN.up.>`. Nobody has
+`_INBOX.>`: a reply goes to a subject to which its receiver may subscribe.
 """
 
 from hosfl.federation.broker import check_broker, check_permissions

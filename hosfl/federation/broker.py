@@ -1,4 +1,4 @@
-"""The broker's configuration: makes it, checks a file against it, and checks the broker that runs.
+"""The broker's configuration: making it, checking a file against it, and checking the running broker.
 
 The broker is nats-server 2.9 or later. It takes only TLS 1.2 and 1.3.
 """
@@ -18,12 +18,12 @@ from hosfl.federation.roster import Roster
 from hosfl.files import read_small
 
 MAX_PAYLOAD = 1 << 20  # bytes of one message; larger ones are sent in pieces
-MAX_PENDING = 64 << 20  # bytes that wait for one connection before the broker drops it
-CLOSED = (ssl.SSLError, ConnectionResetError, BrokenPipeError)  # raised if the broker closes the connection
+MAX_PENDING = 64 << 20  # bytes pending for one connection, above which the broker closes it
+CLOSED_ERRORS = (ssl.SSLError, ConnectionResetError, BrokenPipeError)  # raised if the broker closes the connection
 
-# nats-server 2.9 tries a certificate's e-mail addresses, then its DNS names, URIs and subject; the first one that is a
-# user's name is the user. Our certificates have one unique e-mail address, and nothing else that could be a user's
-# name. The broker cannot limit connections per user.
+# nats-server 2.9 tries a certificate's e-mail addresses, then its DNS names, URIs and subject; the first that is a
+# user's name determines the user. Our certificates have one unique e-mail address, and nothing else that could be a
+# user's name. The broker cannot limit connections per user.
 TEMPLATE = """\
 # Made by `hosfl federation`, which writes it again. Change nothing: `hosfl serve` refuses it then.
 # Logging and monitoring are options of nats-server.
@@ -64,7 +64,7 @@ ping_max: 2
 
 
 def configuration(roster: Roster, folder: str) -> str:
-    """The text of `nats.conf`. folder: the absolute path of the broker's files on its machine."""
+    """Return the text of `nats.conf`. folder: the absolute path of the broker's files on its machine."""
     address, users = roster.address, roster.users()
     if address.is_loopback:
         host = "127.0.0.1" if address.host == "localhost" else address.host
@@ -84,14 +84,15 @@ def configuration(roster: Roster, folder: str) -> str:
 
 
 def _user(name: str, run: str, client: int | None) -> str:
-    up, down = (f"hosfl.{run}.{way}.{'' if client is None else f'{client}.'}>" for way in ("up", "down"))
+    """Return the line of a user. client: its number; None: the server."""
+    up, down = (f"hosfl.{run}.{direction}.{'' if client is None else f'{client}.'}>" for direction in ("up", "down"))
     publish, subscribe = (down, up) if client is None else (up, down)
-    may = f'publish: {{allow: ["{publish}"]}}, subscribe: {{allow: ["{subscribe}"]}}'
-    return f'    {{user: "{name}", permissions: {{{may}}}}}'
+    permissions = f'publish: {{allow: ["{publish}"]}}, subscribe: {{allow: ["{subscribe}"]}}'
+    return f'    {{user: "{name}", permissions: {{{permissions}}}}}'
 
 
 def _quoted(text: str) -> str:
-    """A string literal for nats-server, the same as JSON's. Raises ValueError for characters that it cannot have."""
+    """Return a string literal for nats-server, as in JSON. Raises ValueError for characters that it cannot contain."""
     if not text.isprintable():
         raise ValueError(f"the path of the broker's folder has characters that its configuration cannot hold: {text!r}")
     return json.dumps(text, ensure_ascii=False)
@@ -100,40 +101,40 @@ def _quoted(text: str) -> str:
 def check_permissions(conf: Path | str, roster: Roster) -> None:
     """Check that the broker's configuration is, line by line, the one made for this roster.
 
-    conf: the file, or its text. The broker's folder may have been moved. Raises FederationError that names the first
-    line that differs; OSError for a file that cannot be read.
+    conf: the file, or its text. The broker's folder may have been moved. Raises FederationError naming the first line
+    that differs; OSError for a file that cannot be read.
     """
     text = read_small(conf).decode("utf-8", "replace") if isinstance(conf, Path) else conf
     where = conf if isinstance(conf, Path) else "the broker's configuration"
-    made_again = "make it again with `hosfl federation renew DIR broker`, and let the broker reload it"
-    found = re.search(r'^  cert_file: ("/.*/broker\.pem")$', text, re.M)
+    remedy = "make it again with `hosfl federation renew DIR broker`, and let the broker reload it"
+    match = re.search(r'^  cert_file: ("/.*/broker\.pem")$', text, re.M)
     try:
-        if found is None:
+        if match is None:
             raise ValueError
-        made = configuration(roster, str(json.loads(found[1])).removesuffix("/broker.pem"))
+        expected = configuration(roster, str(json.loads(match[1])).removesuffix("/broker.pem"))
     except ValueError:
-        raise FederationError(f"{where} names no certificate of the broker in `tls`: {made_again}") from None
-    for number, (is_, was) in enumerate(zip_longest(text.split("\n"), made.split("\n")), 1):
-        if is_ != was:
-            there, here = ("nothing" if line is None else f"`{line.strip()}`" for line in (is_, was))
+        raise FederationError(f"{where} names no certificate of the broker in `tls`: {remedy}") from None
+    for number, lines in enumerate(zip_longest(text.split("\n"), expected.split("\n")), 1):
+        if lines[0] != lines[1]:
+            actual, made = ("nothing" if line is None else f"`{line.strip()}`" for line in lines)
             raise FederationError(
-                f"{where}, line {number}: there is {there} where {here} was made, so the broker may allow what it must"
-                f" refuse: {made_again}"
+                f"{where}, line {number}: there is {actual} where {made} was made, so the broker may allow what it must"
+                f" refuse: {remedy}"
             )
 
 
 def check_broker(member: Member, timeout: float = 10.0) -> None:
-    """Check the running broker: it must refuse connections without a certificate, accept this one, and limit it.
+    """Check that the running broker refuses connections without a certificate, and accepts and limits this member.
 
-    It connects without a certificate, and as this member; the permissions of others are checked by `check_permissions`.
-    timeout: seconds for each answer. Raises FederationError if a check fails, or the broker is another federation's;
-    OSError if there is no answer.
+    Connects without a certificate, and as this member; `check_permissions` checks the permissions of others. timeout:
+    seconds for each answer. Raises FederationError if a check fails, or the broker is another federation's; OSError if
+    there is no answer.
     """
-    own = member.context()
-    stranger = ssl.create_default_context(cafile=str(member.folder / "ca.pem"))
+    with_certificate = member.context()
+    without_certificate = ssl.create_default_context(cafile=str(member.folder / "ca.pem"))
     try:
-        answer = _ask(member, stranger, b"", timeout)
-    except CLOSED as error:
+        answer = _ask(member, without_certificate, b"", timeout)
+    except CLOSED_ERRORS as error:
         if isinstance(error, ssl.SSLCertVerificationError):
             raise _of_another(member, error) from None
         answer = b""
@@ -142,26 +143,27 @@ def check_broker(member: Member, timeout: float = 10.0) -> None:
             f"the broker at {member.address} lets in who has no certificate: start it with the nats.conf that"
             " `hosfl federation` made"
         )
+    # A subscription and a message that this member is not allowed: the broker must refuse both.
     forbidden = f"SUB > 1\r\nPUB hosfl.{member.run}.probe 0\r\n\r\n".encode()
     try:
-        answer = _ask(member, own, forbidden, timeout)
+        answer = _ask(member, with_certificate, forbidden, timeout)
     except ssl.SSLCertVerificationError as error:
         raise _of_another(member, error) from None
-    except CLOSED as error:
+    except CLOSED_ERRORS as error:
         raise _refused(member, str(error)) from None
     if b"PONG" not in answer:
         raise _refused(member, answer.decode("utf-8", "replace").strip())
-    for what in (b"Permissions Violation for Subscription", b"Permissions Violation for Publish"):
-        if what not in answer:
+    for violation in (b"Permissions Violation for Subscription", b"Permissions Violation for Publish"):
+        if violation not in answer:
             raise FederationError(
                 f"the broker at {member.address} lets {member.who} "
-                f"{'subscribe' if b'Sub' in what else 'publish'} what is not its own: start it with the nats.conf that"
-                " `hosfl federation` made"
+                f"{'subscribe' if b'Sub' in violation else 'publish'} what is not its own: start it with the nats.conf"
+                " that `hosfl federation` made"
             )
 
 
 def _ask(member: Member, context: ssl.SSLContext, lines: bytes, timeout: float) -> bytes:
-    """Connect, send these lines, and return the broker's answer up to its PONG, or until it closes."""
+    """Connect, send these lines, and return the broker's answer up to its PONG, or until it closes the connection."""
     host, port = member.address.host, member.address.port
     with socket.create_connection((host, port), timeout) as plain:
         info = b""
@@ -178,18 +180,18 @@ def _ask(member: Member, context: ssl.SSLContext, lines: bytes, timeout: float) 
                 f"the broker at {member.address} speaks without TLS: start it with the nats.conf that"
                 " `hosfl federation` made"
             )
-        with context.wrap_socket(plain, server_hostname=host) as line:
-            line.sendall(b'CONNECT {"verbose":false,"pedantic":false,"tls_required":true}\r\n' + lines + b"PING\r\n")
+        with context.wrap_socket(plain, server_hostname=host) as secure:
+            secure.sendall(b'CONNECT {"verbose":false,"pedantic":false,"tls_required":true}\r\n' + lines + b"PING\r\n")
             answer = b""
-            while b"PONG" not in answer and (more := line.recv(4096)):
+            while b"PONG" not in answer and (more := secure.recv(4096)):
                 answer += more
     return answer
 
 
-def _refused(member: Member, why: str) -> FederationError:
+def _refused(member: Member, reason: str) -> FederationError:
     return FederationError(
         f"the broker at {member.address} refuses the certificate in {member.folder}: it was revoked or renewed, or the"
-        f" broker has not yet read its new configuration ({why or 'it closed the connection'})"
+        f" broker has not yet read its new configuration ({reason or 'it closed the connection'})"
     )
 
 

@@ -1,4 +1,4 @@
-"""X.509 certificates of a federation: its authority and the certificates it signs. ECDSA, P-256, SHA-256 (RFC 5280)."""
+"""X.509 certificates of a federation: its authority, and those that it signs. ECDSA, P-256, SHA-256 (RFC 5280)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-AUTHORITY_DAYS = 7300
-MOST_DAYS = 3650  # of the certificates that it signs
-CLOCKS_DIFFER = timedelta(days=1)  # certificates are valid from a day ago, since a device's clock may be behind
+AUTHORITY_DAYS = 7300  # validity of the authority's certificate
+MAX_DAYS = 3650  # validity of the certificates that it signs, at most
+CLOCK_TOLERANCE = timedelta(
+    days=1
+)  # a certificate is valid this long before it is made: a device's clock may be behind
 
 
 class FederationError(ValueError):
@@ -32,7 +34,7 @@ class Issued:
 
 
 def make_authority(name: str) -> Issued:
-    """A self-signed authority, valid for `AUTHORITY_DAYS` days, that cannot make other authorities."""
+    """Make a self-signed authority, valid for `AUTHORITY_DAYS` days, that cannot make other authorities."""
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     return _signed(subject, subject, key, key, AUTHORITY_DAYS, [
@@ -61,21 +63,21 @@ class Authority:
 
     @property
     def expires(self) -> datetime:
-        """When the authority's certificate expires (UTC), and with it all that it has signed."""
+        """The time (UTC) at which the authority's certificate expires, and with it all that it has signed."""
         return self.certificate.not_valid_after_utc
 
     def client(self, who: str, days: int) -> Issued:
-        """A certificate for the server or a client, which connect to the broker.
+        """Make a certificate for the server or a client, which connect to the broker.
 
-        who: such as "client-3". The certificate's one alternative name is the e-mail address "WHO.SERIAL@hosfl", so
-        that two certificates of the same client are never one user: see `identity`.
+        who: such as "client-3". The certificate's only alternative name is the e-mail address "WHO.SERIAL@hosfl", so
+        that two certificates of the same client are never the same user: see `identity`.
         """
         serial = x509.random_serial_number()
         name = x509.RFC822Name(identity(who, _hex(serial)))
         return self._issue(who, days, [name], ExtendedKeyUsageOID.CLIENT_AUTH, serial)
 
     def broker(self, host: str, days: int) -> Issued:
-        """A certificate for the broker at `host`, a DNS name or an IP address, and at localhost on its own machine."""
+        """Make a certificate for the broker at `host`, a DNS name or an IP address, and at localhost."""
         hosts = dict.fromkeys([host, "localhost", "127.0.0.1"])
         return self._issue("broker", days, [_host(each) for each in hosts], ExtendedKeyUsageOID.SERVER_AUTH)
 
@@ -92,7 +94,7 @@ class Authority:
                 f"the authority's certificate ends on {self.expires:%Y-%m-%d}, in fewer than {days} days, and nothing"
                 " it signs can last longer: ask for fewer days, or make a new federation"
             )
-        of = self.certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+        authority_key = self.certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, who)])
         key = ec.generate_private_key(ec.SECP256R1())
         return _signed(subject, self.certificate.subject, key, self._key, days, [
@@ -100,17 +102,17 @@ class Authority:
             (_usage(digital_signature=True), True),
             (x509.ExtendedKeyUsage([use]), False),
             (x509.SubjectAlternativeName(names), False),
-            (x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(of), False),
+            (x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(authority_key), False),
         ], serial)  # fmt: skip
 
 
 def identity(who: str, serial: str) -> str:
-    """A certificate's user name at the broker: "client-3", serial -> "client-3.SERIAL@hosfl"."""
+    """Return a certificate's user name at the broker: "client-3", serial -> "client-3.SERIAL@hosfl"."""
     return f"{who}.{serial}@hosfl"
 
 
 def read_certificate(pem: bytes) -> tuple[str, datetime, datetime]:
-    """(owner of a PEM certificate, such as "client-3"; begin and end of its validity, UTC). Raises FederationError."""
+    """Read a PEM certificate: (its owner, such as "client-3"; begin, end of validity, UTC). Raises FederationError."""
     try:
         certificate = x509.load_pem_x509_certificate(pem)
     except ValueError as error:
@@ -121,7 +123,7 @@ def read_certificate(pem: bytes) -> tuple[str, datetime, datetime]:
 
 
 def signed_by(authority: bytes, pem: bytes) -> bool:
-    """Whether one PEM certificate has the other's signature; False where either is none."""
+    """Whether a PEM certificate is signed by an authority's; False if either is invalid."""
     try:
         issuer = x509.load_pem_x509_certificate(authority)
         x509.load_pem_x509_certificate(pem).verify_directly_issued_by(issuer)
@@ -142,7 +144,7 @@ def _signed(
     serial = serial or x509.random_serial_number()
     now = _now()
     builder = x509.CertificateBuilder(issuer, subject, key.public_key(), serial)
-    builder = builder.not_valid_before(now - CLOCKS_DIFFER).not_valid_after(now + timedelta(days=days))
+    builder = builder.not_valid_before(now - CLOCK_TOLERANCE).not_valid_after(now + timedelta(days=days))
     builder = builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
     for extension, critical in extensions:
         builder = builder.add_extension(extension, critical)

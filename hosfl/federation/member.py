@@ -1,4 +1,4 @@
-"""The folder that the server or a client's owner was handed: who that is, where the broker is, its certificate."""
+"""`Member`: the folder of the server or of a client, with its identity, its certificate and the broker's address."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from hosfl.federation.certificates import FederationError, read_certificate, sig
 from hosfl.federation.roster import Address, Roster, check_run, read_object
 from hosfl.files import read_small
 
-SOON = timedelta(days=30)
+WARN_BEFORE = timedelta(days=30)  # before a certificate's end
 
 
 @dataclass(frozen=True)
 class Member:
-    """Who may connect to the broker: the server, whose `client` is None, or a client by its number."""
+    """The server, or a client, as a user of the broker. client: its number; None for the server."""
 
     folder: Path
     address: Address
@@ -29,21 +29,22 @@ class Member:
 
     @property
     def who(self) -> str:
+        """The member in words, such as "client 3"."""
         return "the server" if self.client is None else f"client {self.client}"
 
     @property
     def pem(self) -> tuple[Path, Path, Path]:
-        """The files that prove it: the authority's certificate, its own, its key."""
+        """The paths of the authority's certificate, the member's own certificate, and its key."""
         role = "server" if self.client is None else "client"
         return self.folder / "ca.pem", self.folder / f"{role}.pem", self.folder / f"{role}.key"
 
     @classmethod
     def read(cls, folder: Path, now: datetime | None = None) -> Member:
-        """Of a folder `server` or `clients/N` that `hosfl federation` made.
+        """Read a folder `server` or `clients/N` that `hosfl federation` made, and check its certificate.
 
-        Warns of a certificate that ends within 30 days, and of a key that others can read. Raises FederationError for a
-        folder that is not whole, and for a certificate that has ended or not begun: at the start of a run it says so
-        before the broker refuses. now: with its time zone; default: the clock's.
+        now: the time, with its zone; by default the clock's. Warns of a certificate that ends within 30 days, and of a
+        key that others can read. Raises FederationError for an incomplete folder, and for a certificate that is not
+        valid now, since the broker would refuse it with less explanation.
         """
         kind = "server" if (folder / "federation.json").exists() else "client"
         missing = [name for name in ("ca.pem", f"{kind}.pem", f"{kind}.key") if not (folder / name).is_file()]
@@ -57,7 +58,7 @@ class Member:
             roster = Roster.read(folder / "federation.json")
             address, run, client = roster.address, roster.run, None
         else:
-            address, run, client = _client(folder / "client.json")
+            address, run, client = _read_client(folder / "client.json")
         try:
             owner, begins, expires = read_certificate(read_small(folder / f"{kind}.pem"))
         except FederationError as error:
@@ -76,27 +77,27 @@ class Member:
                 f" {now:%Y-%m-%d}: set the clock"
             )
         left = expires - now
-        renewed = f"`hosfl federation renew DIR {'server' if client is None else client}` makes a new one"
+        remedy = f"`hosfl federation renew DIR {'server' if client is None else client}` makes a new one"
         if left <= timedelta(0):
-            raise FederationError(f"the certificate in {folder} ended on {expires:%Y-%m-%d}: {renewed}")
-        if left < SOON:
-            warnings.warn(f"the certificate in {folder} ends on {expires:%Y-%m-%d}: {renewed}", stacklevel=2)
+            raise FederationError(f"the certificate in {folder} ended on {expires:%Y-%m-%d}: {remedy}")
+        if left < WARN_BEFORE:
+            warnings.warn(f"the certificate in {folder} ends on {expires:%Y-%m-%d}: {remedy}", stacklevel=2)
         key = folder / f"{kind}.key"
         if os.name != "nt" and key.stat().st_mode & 0o077:
             warnings.warn(f"others can read the key {key}: chmod 600 {shlex.quote(str(key))}", stacklevel=2)
         return member
 
     def context(self) -> ssl.SSLContext:
-        """For connections to the broker: TLS 1.2 or later, this certificate, and no authority but the federation's.
+        """Make the TLS context for connections to the broker: TLS 1.2 or later, and the federation's authority only.
 
-        Raises FederationError where certificate and key are damaged, or not of one pair.
+        Raises FederationError if certificate or key are damaged, or not a pair.
         """
         authority, certificate, key = self.pem
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # which checks the broker's certificate and host
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # checks the broker's certificate and host
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         try:
             context.load_verify_locations(authority)
-            context.load_cert_chain(certificate, key, password="")  # else one is asked for at the terminal
+            context.load_cert_chain(certificate, key, password="")  # without a password it would prompt for one
         except ssl.SSLError as error:
             raise FederationError(
                 f"the certificates or the key in {self.folder} are damaged, or not of one pair: take the folder from a"
@@ -105,7 +106,8 @@ class Member:
         return context
 
 
-def _client(path: Path) -> tuple[Address, str, int]:
+def _read_client(path: Path) -> tuple[Address, str, int]:
+    """Read a client.json: (the broker's address, the run's name, the client's number). Raises FederationError."""
     saved = read_object(path)
     try:
         address, run, client = Address.parse(saved["address"]), check_run(saved["run"]), saved["client"]

@@ -1,6 +1,7 @@
-"""Makes a federation's folder, and changes it: adds clients, revokes and renews certificates. One process at a time.
+"""Making and changing a federation's folder: clients are added, certificates revoked and renewed.
 
-`ca/federation.json` decides, and is written last: if a command was cut off, running it again completes it.
+Only one process at a time can change it. `ca/federation.json` is authoritative, and is written last: a command that was
+interrupted is completed by running it again.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from hosfl.federation.broker import configuration
-from hosfl.federation.certificates import MOST_DAYS, Authority, FederationError, Issued, make_authority
+from hosfl.federation.certificates import MAX_DAYS, Authority, FederationError, Issued, make_authority
 from hosfl.federation.roster import (
-    MOST_CLIENTS,
+    MAX_CLIENTS,
     NAME,
     Address,
     CertificateStatus,
@@ -33,9 +34,9 @@ def create(
 ) -> Roster:
     """Make a federation's folder, completely or not at all: `ca`, `broker`, `server`, `clients/0` to `clients/N-1`.
 
-    address: at which clients reach the broker, HOST or HOST:PORT. run: the run's name; None: the folder's, or "run" if
-    that is no valid name. days: how long certificates last. broker_folder: the absolute path that the folder `broker`
-    will have on the broker's machine; "": its path here. Raises FileExistsError for a folder that exists, ValueError.
+    address: of the broker as clients reach it, HOST or HOST:PORT. run: the run's name; None: the folder's, or "run" if
+    that is no valid name. days: the validity of certificates. broker_folder: the absolute path that the folder `broker`
+    will have on the broker's machine; "": its path here. Raises FileExistsError if the folder exists, and ValueError.
     """
     final = folder.resolve()
     if run is None:
@@ -43,24 +44,24 @@ def create(
     check_run(run)
     _check_days(days)
     _check_count(clients)
-    reached = Address.parse(address)
+    broker_address = Address.parse(address)
     if broker_folder and not broker_folder.startswith("/"):
         raise ValueError(f"the broker's folder must be an absolute path, got {broker_folder!r}")
     if os.path.lexists(folder):
         raise FileExistsError(f"{folder} is there already: name a folder that is not")
     final.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))  # mode 0700
+    temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))  # mode 0700
     try:
-        first = make_authority(f"hosfl {run}")
-        _make_private_folder(made / "ca")
-        write_atomically(made / "ca/ca.key", first.key, private=True)
-        write_atomically(made / "ca/ca.pem", first.certificate)
-        authority = Authority(first.certificate, first.key)
-        broker, server = authority.broker(reached.host, days), authority.client("server", days)
+        root = make_authority(f"hosfl {run}")
+        _make_private_folder(temporary / "ca")
+        write_atomically(temporary / "ca/ca.key", root.key, private=True)
+        write_atomically(temporary / "ca/ca.pem", root.certificate)
+        authority = Authority(root.certificate, root.key)
+        broker, server = authority.broker(broker_address.host, days), authority.client("server", days)
         issued = [authority.client(f"client-{number}", days) for number in range(clients)]
         statuses = tuple(map(CertificateStatus.of, issued))
         roster = Roster(
-            reached,
+            broker_address,
             run,
             days,
             broker_folder and os.path.normpath(broker_folder),
@@ -68,14 +69,14 @@ def create(
             CertificateStatus.of(server),
             statuses,
         )
-        _write_folder(made, "broker", broker)
-        _write_folder(made, "server", server)
-        for number, one in enumerate(issued):
-            _write_client(made, roster, number, one)
-        _write_roster(made, roster, final)
-        made.rename(final)
+        _write_folder(temporary, "broker", broker)
+        _write_folder(temporary, "server", server)
+        for number, certificate in enumerate(issued):
+            _write_client(temporary, roster, number, certificate)
+        _write_roster(temporary, roster, final)
+        temporary.rename(final)
     except BaseException:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync_folder(final.parent)
     return roster
@@ -98,28 +99,28 @@ def add(folder: Path, clients: int = 1) -> tuple[Roster, list[int]]:
 def revoke(folder: Path, client: int) -> Roster:
     """Revoke a client's certificate: the broker refuses it once it has reloaded its configuration.
 
-    Needs no key of the authority. Raises ValueError for a client that does not exist, or is revoked.
+    This needs no key of the authority. Raises ValueError for a client that does not exist, or is revoked already.
     """
     with _locked_roster(folder) as roster:
-        standing = roster.client(client)
-        if standing.revoked:
+        status = roster.client(client)
+        if status.revoked:
             raise ValueError(f"client {client} is revoked already: `hosfl federation renew` lets it in again")
-        roster = _with_client(_retire(roster, f"client-{client}", standing), client, replace(standing, revoked=True))
+        roster = _with_client(_retire(roster, f"client-{client}", status), client, replace(status, revoked=True))
         _write_roster(folder, roster)
     return roster
 
 
 def renew(folder: Path, who: int | str) -> Roster:
-    """Make a new certificate in place of one that expires, is lost, or was revoked; the old one becomes invalid.
+    """Replace a certificate that expires, is lost, or was revoked by a new one; the old one becomes invalid.
 
     who: a client's number, "server" or "broker".
     """
     with _locked_roster(folder) as roster:
         if isinstance(who, int):
-            standing = roster.client(who)
+            status = roster.client(who)
             issued = _read_authority(folder).client(f"client-{who}", roster.days)
-            if not standing.revoked:
-                roster = _retire(roster, f"client-{who}", standing)
+            if not status.revoked:
+                roster = _retire(roster, f"client-{who}", status)
             _write_client(folder, roster, who, issued)
             roster = _with_client(roster, who, CertificateStatus.of(issued))
         elif who == "server":
@@ -137,7 +138,7 @@ def renew(folder: Path, who: int | str) -> Roster:
 
 
 def read(folder: Path) -> Roster:
-    """The roster of the federation in a folder. Raises FederationError for another folder."""
+    """Read the roster of the federation in a folder. Raises FederationError for another folder."""
     try:
         return Roster.read(folder / "ca/federation.json")
     except (FileNotFoundError, NotADirectoryError):
@@ -166,55 +167,56 @@ def _read_authority(folder: Path) -> Authority:
 
 
 def _make_private_folder(path: Path) -> None:
-    """Make a folder that only its owner can read."""
+    """Make a folder that only its owner can access."""
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     path.chmod(0o700)
 
 
 def _write_folder(folder: Path, who: str, issued: Issued, name: str = "") -> Path:
-    """Write key and certificates into the folder of `who`."""
-    own, name = folder / who, name or who
-    for one in (own.parent, own):
-        _make_private_folder(one)
-    write_atomically(own / "ca.pem", read_small(folder / "ca/ca.pem"))
-    write_atomically(own / f"{name}.key", issued.key, private=True)
-    write_atomically(own / f"{name}.pem", issued.certificate)
-    return own
+    """Write key and certificates into the folder `who`. name: of the files; "": `who`. Returns the folder's path."""
+    path, name = folder / who, name or who
+    for each in (path.parent, path):
+        _make_private_folder(each)
+    write_atomically(path / "ca.pem", read_small(folder / "ca/ca.pem"))
+    write_atomically(path / f"{name}.key", issued.key, private=True)
+    write_atomically(path / f"{name}.pem", issued.certificate)
+    return path
 
 
 def _write_client(folder: Path, roster: Roster, number: int, issued: Issued) -> None:
-    own = _write_folder(folder, f"clients/{number}", issued, "client")
-    says = {"address": str(roster.address), "run": roster.run, "client": number, "expires": issued.expires.isoformat()}
-    write_json(own / "client.json", says)
+    path = _write_folder(folder, f"clients/{number}", issued, "client")
+    expires = issued.expires.isoformat()
+    client = {"address": str(roster.address), "run": roster.run, "client": number, "expires": expires}
+    write_json(path / "client.json", client)
 
 
 def _write_roster(folder: Path, roster: Roster, final: Path | None = None) -> None:
-    """Write the broker's configuration and the roster. final: the folder's later path, if it is going to be moved."""
-    for one in ("broker", "server"):
-        _make_private_folder(folder / one)
-    here = str((final or folder.resolve()) / "broker")
-    text = configuration(roster, roster.broker_folder or here)
+    """Write the broker's configuration and the roster. final: the folder's later path, if it will be renamed."""
+    for name in ("broker", "server"):
+        _make_private_folder(folder / name)
+    broker_folder = roster.broker_folder or str((final or folder.resolve()) / "broker")
+    text = configuration(roster, broker_folder)
     write_atomically(folder / "broker/nats.conf", text.encode())
     roster.write(folder / "server/federation.json")
     roster.write(folder / "ca/federation.json")
 
 
-def _retire(roster: Roster, who: str, standing: CertificateStatus) -> Roster:
+def _retire(roster: Roster, who: str, status: CertificateStatus) -> Roster:
     now = datetime.now(timezone.utc).replace(microsecond=0)
-    return replace(roster, retired=(*roster.retired, RetiredCertificate(who, standing.serial, now)))
+    return replace(roster, retired=(*roster.retired, RetiredCertificate(who, status.serial, now)))
 
 
-def _with_client(roster: Roster, number: int, standing: CertificateStatus) -> Roster:
+def _with_client(roster: Roster, number: int, status: CertificateStatus) -> Roster:
     clients = list(roster.clients)
-    clients[number] = standing
+    clients[number] = status
     return replace(roster, clients=tuple(clients))
 
 
 def _check_days(days: int) -> None:
-    if not 1 <= days <= MOST_DAYS:
-        raise ValueError(f"certificates must last 1 to {MOST_DAYS} days, got {days}")
+    if not 1 <= days <= MAX_DAYS:
+        raise ValueError(f"certificates must last 1 to {MAX_DAYS} days, got {days}")
 
 
-def _check_count(clients: int, there: int = 0) -> None:
-    if not 1 <= clients <= MOST_CLIENTS - there:
-        raise ValueError(f"the number of clients must be 1 to {MOST_CLIENTS - there}, got {clients}")
+def _check_count(clients: int, existing: int = 0) -> None:
+    if not 1 <= clients <= MAX_CLIENTS - existing:
+        raise ValueError(f"the number of clients must be 1 to {MAX_CLIENTS - existing}, got {clients}")

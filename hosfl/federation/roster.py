@@ -13,7 +13,7 @@ from typing import Any
 from hosfl.federation.certificates import FederationError, Issued, identity
 from hosfl.files import read_small, write_json
 
-MOST_CLIENTS = 10_000
+MAX_CLIENTS = 10_000
 PORT = 4222
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")
 LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
@@ -48,7 +48,7 @@ class Address:
 
     @property
     def is_loopback(self) -> bool:
-        """Whether only this machine reaches it."""
+        """Whether only this machine can reach it."""
         return self.host == "localhost" or (_is_ip(self.host) and ipaddress.ip_address(self.host).is_loopback)
 
 
@@ -100,7 +100,7 @@ class CertificateStatus:
 
 @dataclass(frozen=True)
 class RetiredCertificate:
-    """A replaced or revoked certificate, which the broker refuses before it expires. who: whose it was."""
+    """A replaced or revoked certificate, which the broker refuses although it has not expired. who: its owner."""
 
     who: str
     serial: str
@@ -109,9 +109,9 @@ class RetiredCertificate:
 
 @dataclass(frozen=True)
 class Roster:
-    """The members of a federation. A client's number is its index in `clients`; numbers are never used again.
+    """The members of a federation. A client's number is its index in `clients`; numbers are never reused.
 
-    days: how long a new certificate lasts. broker_folder: the path of the broker's files on its machine, "" for the
+    days: the validity of new certificates. broker_folder: the path of the broker's files on its machine, "" for the
     federation's own folder.
     """
 
@@ -125,7 +125,7 @@ class Roster:
     retired: tuple[RetiredCertificate, ...] = ()
 
     def users(self) -> dict[str, int | None]:
-        """The users that the broker accepts: identity -> the client's number, None for the server."""
+        """Return the users that the broker accepts: identity -> the client's number, None for the server."""
         users: dict[str, int | None] = {identity("server", self.server.serial): None}
         for number, client in enumerate(self.clients):
             if not client.revoked:
@@ -133,7 +133,7 @@ class Roster:
         return users
 
     def client(self, number: int) -> CertificateStatus:
-        """The certificate of a client. Raises ValueError for a number that does not exist."""
+        """Return the status of a client's certificate. Raises ValueError for a number that does not exist."""
         if not 0 <= number < len(self.clients):
             raise ValueError(f"there is no client {number}: this federation has clients 0 to {len(self.clients) - 1}")
         return self.clients[number]

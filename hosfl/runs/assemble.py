@@ -1,4 +1,4 @@
-"""Makes the federation of a run from its settings."""
+"""Assembling the federation of a run from its settings."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ from hosfl.methods.client import Client
 from hosfl.methods.cuts import CutSpec
 from hosfl.methods.ledger import SeedReplay
 from hosfl.methods.method import Method, Setup
+from hosfl.methods.server import Server
 from hosfl.methods.state import prefixed
 from hosfl.protocol.aggregate import AGGREGATIONS
 from hosfl.protocol.header import Header
 from hosfl.protocol.provenance import Provenance, ProvenanceError, header_digest
 from hosfl.protocol.rebuild import base_digest
 from hosfl.protocol.seeds import Purpose, round_seed
-from hosfl.runs.checkpoint import header_of
+from hosfl.runs.checkpoint import make_header
+from hosfl.runs.compatibility import check_compatibility
 from hosfl.runs.federation import Federation
-from hosfl.runs.trial import try_halves
 from hosfl.settings import DEFAULTS, Rates, Settings
 from hosfl.tasks import TASKS, TUNED, make_task
 from hosfl.tasks.data import Dataset, dirichlet_split, iid_split, shard_count
@@ -42,114 +43,130 @@ from hosfl.tasks.task import Task, TaskError, lookup_rates
 def assemble(
     config: Settings, smallest_shard: int | None = None, task: Task | None = None, resumed: Path | None = None
 ) -> tuple[Federation, Task]:
-    """The federation of a run before its first round, and its task. Everything follows from the settings.
+    """Make the federation of a run, before its first round, and its task. Everything follows from the settings.
 
-    Nothing is written. Where clients still have to estimate running statistics, the federation has no header and no
+    Nothing is written. If clients still have to estimate running statistics, the federation has no header and no
     provenance until `Federation.calibrate`.
 
     Args:
         config: the settings.
-        smallest_shard: the fewest samples in a part of the data. Where that leaves fewer parts than clients, several
+        smallest_shard: the fewest samples in a part of the data. If there are then fewer parts than clients, several
             clients share a part, each with its own batches. None: a part for each client.
         task: a task that is an object rather than a name; its public samples are set aside already.
         resumed: the folder of a run that is resumed. Fixed factors of adapters, and running statistics that clients
-            have estimated, are read from its base file, since another machine or other clients would compute other
-            bits.
+            have estimated, are read from its base file: another machine, or other clients, would compute other bits.
 
     Raises ValueError, DataError, ProvenanceError for a base file that is not this run's, and what `Task.halves` raises.
     """
-    task = task_of(config) if task is None else task
+    task = make_checked_task(config) if task is None else task
     config = with_task_clients(config, task)
     check_same_kinds(task.sets())
     kind, rates = method_of(config.method), rates_of(task, config)
     device = torch.device(config.device)
-    model = halves_of(config, task)
+    model = make_halves(config, task)
     _check_storable(model)
-    first = prefixed("client", model.client.state_dict()) | prefixed("server", model.server.state_dict())
-    halves = base_digest(first)
-    base = base_of(config, model, task.public)
-    if config.calibrate and not calibration.running(base):
-        raise ValueError(
-            f"calibrate = {config.calibrate} needs a client half with running statistics, such as BatchNorm's, and this"
-            " one has none: leave it out"
-        )
-    fixed, file = fixed_factors(base), None if resumed is None else resumed / "base.safetensors"
-    if fixed and file is not None and file.exists():
-        _load_from_base(fixed, file)
+    initial = prefixed("client", model.client.state_dict()) | prefixed("server", model.server.state_dict())
+    halves_digest = base_digest(initial)
+    base = make_base_half(config, model, task.public)
+    _check_running_statistics(config, base)
+    fixed, base_file = fixed_factors(base), None if resumed is None else resumed / "base.safetensors"
+    if fixed and base_file is not None and base_file.exists():
+        _load_from_base(fixed, base_file)
     base = base.to(device)
     shares = [share.to(device, dtype_of(base)) for share in partition(task, config, smallest_shard)]
     half = model.server.to(device)
     if not any(parameter.requires_grad for parameter in half.parameters()):
         raise ValueError("the server half has no parameters that train: cut the model earlier")
-    cut_shape, sample = try_halves(task, RunHalves(base, half), shares[0])
+    cut_shape, sample = check_compatibility(task, RunHalves(base, half), shares[0])
     setup = Setup(config, base, rates, AGGREGATIONS[config.aggregation], sample.inputs)
     method = kind(setup)
     statistics = calibration.RunningStatistics.of(base, config.batch * config.calibrate) if config.calibrate else None
 
-    def make(number: int) -> Client:
-        return client_of(method, number, calibration.initial_half(base, statistics), shares[number % len(shares)], task)
+    def client(number: int) -> Client:
+        initial_half = calibration.initial_half(base, statistics)
+        return make_client(method, number, initial_half, shares[number % len(shares)], task)
 
-    server = method.server(
+    server = _make_server(method, task, half, _cut_spec(task, method, cut_shape, sample), statistics)
+    running = {} if statistics is None else calibration.running(base)
+    describe = partial(_describe, config, task, method, base, halves_digest, {**fixed, **running})
+    federation = Federation(config, server, client, base, setup.observed, kind.exchanges(config), describe=describe)
+    if statistics is not None and base_file is not None:
+        _load_from_base(running, base_file)
+        statistics.values = calibration.flat(base)
+    if statistics is None or base_file is not None:
+        federation.complete()
+    return federation, task
+
+
+def _check_running_statistics(config: Settings, base: nn.Module) -> None:
+    """Raises ValueError if clients are to estimate running statistics, and the client half has none."""
+    if config.calibrate and not calibration.running(base):
+        raise ValueError(
+            f"calibrate = {config.calibrate} needs a client half with running statistics, such as BatchNorm's, and this"
+            " one has none: leave it out"
+        )
+
+
+def _make_server(
+    method: Method,
+    task: Task,
+    half: nn.Module,
+    cuts: CutSpec,
+    statistics: calibration.RunningStatistics | None,
+) -> Server:
+    """Make the method's server. half: the server half; cuts: those that it accepts."""
+    settings, setup = method.settings, method.setup
+    return method.server(
         half=half,
         loss=task.loss,
-        optimizer=_optimizer(task, half, rates.decay),
-        rate=method.rate(rates.server),
+        optimizer=_optimizer(task, half, setup.rates.decay),
+        rate=method.rate(setup.rates.server),
         ledger=method.ledger,
-        seed=config.seed,
-        clients=config.clients,
-        cuts=_cut_spec(task, config, cut_shape, sample, method.read("wire")),
+        seed=settings.seed,
+        clients=settings.clients,
+        cuts=cuts,
         aggregation=setup.aggregation,
-        clip=config.server_clip,
+        clip=settings.server_clip,
         passes=setup.passes,
         statistics=statistics,
         server_first=method.read("server_first"),
         centered=method.read("multiplier") == "centered",
     )
-    running = {} if statistics is None else calibration.running(base)
-
-    describe = partial(_describe, config, task, method, base, halves, {**fixed, **running})
-    federation = Federation(config, server, make, base, setup.observed, kind.exchanges(config), describe=describe)
-    if statistics is not None and file is not None:
-        _load_from_base(running, file)
-        statistics.values = calibration.flat(base)
-    if statistics is None or file is not None:
-        federation.complete()
-    return federation, task
 
 
-def _cut_spec(task: Task, config: Settings, shape: tuple[int, ...], sample: Dataset, wire: str) -> CutSpec:
-    """shape: of one sample's cut."""
+def _cut_spec(task: Task, method: Method, shape: tuple[int, ...], sample: Dataset) -> CutSpec:
+    """Describe the cuts that the server accepts. shape: of one sample's cut; sample: a few samples."""
     return CutSpec(
         shape,
         task.classes,
-        config.batch,
+        method.settings.batch,
         masked=isinstance(sample.inputs, dict) and "attention_mask" in sample.inputs,
         label_shape=tuple(sample.labels.shape[1:]),
         real=sample.labels.is_floating_point(),
         ignore_index=task.ignore_index,
-        wire=wire,
+        wire=method.read("wire"),
     )
 
 
 def _describe(
-    config: Settings, task: Task, method: Method, base: nn.Module, halves: str, fixed: dict[str, Tensor]
+    config: Settings, task: Task, method: Method, base: nn.Module, halves_digest: str, fixed: dict[str, Tensor]
 ) -> tuple[Header | None, Provenance]:
-    """The log's header, for a method that has one, and the run's provenance.
+    """Make the log's header, or None if the method has no log, and the run's provenance.
 
-    halves: the digest of both halves. fixed: tensors of the client half that it does not cover: factors of adapters,
-    running statistics.
+    halves_digest: of both halves. fixed: tensors of the client half that this digest does not cover: factors of
+    adapters, and running statistics.
     """
-    model, header = halves, None
+    model, header = halves_digest, None
     if fixed:
-        model = base_digest({"halves": np.frombuffer(bytes.fromhex(halves), np.uint8), **fixed})
+        model = base_digest({"halves": np.frombuffer(bytes.fromhex(halves_digest), np.uint8), **fixed})
     if isinstance(method.ledger, SeedReplay):
-        header = header_of(method.ledger.run, base, config.decisive())
+        header = make_header(method.ledger.run, base, config.decisive())
     log = "" if header is None else header_digest(header)
     return header, Provenance(config.decisive(), task.digest(), model, log)
 
 
 def _check_storable(model: SplitModel) -> None:
-    """Raises ValueError for a half whose state dict has values other than tensors, which safetensors cannot store."""
+    """Raises ValueError for a half whose state dict has values that are no tensors: safetensors cannot store them."""
     for side, half in (("client", model.client), ("server", model.server)):
         for name, value in half.state_dict().items():
             if not isinstance(value, Tensor):
@@ -160,7 +177,7 @@ def _check_storable(model: SplitModel) -> None:
 
 
 def _optimizer(task: Task, half: nn.Module, decay: float) -> torch.optim.Optimizer:
-    """The task's optimizer of the server half. Raises TaskError for another object, ValueError for another half's."""
+    """Make the task's optimizer of the server half. Raises TaskError if it is none, ValueError if of another half."""
     optimizer = task.optimizer(half, decay)
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TaskError(f"the task's optimizer is a {type(optimizer).__name__}: a torch.optim.Optimizer is needed")
@@ -173,18 +190,18 @@ def _optimizer(task: Task, half: nn.Module, decay: float) -> torch.optim.Optimiz
     return optimizer
 
 
-def client_of(method: Method, number: int, half: nn.Module, data: Dataset | Items, task: Task) -> Client:
-    """A new client, which has applied no round. half: its own copy of the base; data: its samples."""
+def make_client(method: Method, number: int, half: nn.Module, data: Dataset | Items, task: Task) -> Client:
+    """Make a client that has applied no round. half: its own copy of the base; data: its samples."""
     config = method.settings
     batches = Batches(data, config.batch, config.seed, number, task.per_token)
     client = method.make_client(number, half, batches)
-    others = replace(batches, purpose=Purpose.CALIBRATION)
-    client.calibration_batches = lambda: map(others, range(config.calibrate))
+    calibration_batches = replace(batches, purpose=Purpose.CALIBRATION)
+    client.calibration_batches = lambda: map(calibration_batches, range(config.calibrate))
     return client
 
 
-def halves_of(config: Settings, task: Task) -> SplitModel:
-    """Both halves as the task makes them, in a run of these settings.
+def make_halves(config: Settings, task: Task) -> SplitModel:
+    """Make both halves of a run's model.
 
     Raises what `Task.halves` does, and ValueError for a model that cannot be copied.
     """
@@ -201,7 +218,7 @@ def halves_of(config: Settings, task: Task) -> SplitModel:
 
 
 def _name_of_computed(model: Any) -> str:
-    """The name of a tensor in a model, or in two halves, that was computed with a graph; "" if there is none."""
+    """Find a tensor of a model, or of two halves, that was computed with a graph; return its name, or "" for none."""
     for half in model if isinstance(model, tuple) else (model,):
         for path, module in half.named_modules() if isinstance(half, nn.Module) else ():
             for name, value in vars(module).items():
@@ -210,8 +227,11 @@ def _name_of_computed(model: Any) -> str:
     return ""
 
 
-def base_of(config: Settings, model: SplitModel, public: Inputs | None) -> nn.Module:
-    """The client half of round 0, in its dtype and with its adapters. Raises ValueError; see `select_trainable`."""
+def make_base_half(config: Settings, model: SplitModel, public: Inputs | None) -> nn.Module:
+    """Make the client half of round 0, in its dtype and with its adapters. Raises ValueError.
+
+    public: inputs of which adapters "act:..." are made: see `select_trainable`.
+    """
     base, dtype = select_trainable(model.client, config.trains, config.seed, public), getattr(torch, config.dtype)
     for name, parameter in base.named_parameters():
         if parameter.requires_grad and parameter.is_complex():
@@ -223,10 +243,10 @@ def base_of(config: Settings, model: SplitModel, public: Inputs | None) -> nn.Mo
 
 
 def _load_from_base(fixed: dict[str, Tensor], path: Path) -> None:
-    """Load tensors of a half from a run's base file. fixed: the tensors by name; nothing else is read.
+    """Load some of a half's tensors from a run's base file. fixed: these tensors, by name.
 
-    Raises ProvenanceError for a file that is missing or has not these tensors. The provenance is compared later, which
-    tells whether their values are this run's.
+    Raises ProvenanceError for a file that is missing or lacks them. Whether their values are this run's shows later,
+    when the provenance is compared.
     """
     try:
         with safe_open(regular(path), "pt") as file:
@@ -242,9 +262,9 @@ def _load_from_base(fixed: dict[str, Tensor], path: Path) -> None:
 
 
 def with_task_clients(config: Settings, task: Task) -> Settings:
-    """The settings with the task's number of clients, if the task has the data of each client.
+    """Return the settings with the task's number of clients, if the task has the data of each client.
 
-    Raises ValueError where the settings say another number.
+    Raises ValueError if the settings have another number.
     """
     if not isinstance(task.train, list) or config.clients == len(task.train):
         return config
@@ -258,11 +278,10 @@ def with_task_clients(config: Settings, task: Task) -> Settings:
     return replace(config, clients=clients, sampled=sampled)
 
 
-def task_of(config: Settings) -> Task:
-    """The task of a run.
+def make_checked_task(config: Settings) -> Task:
+    """Make the task of a run; if it fetches its data from the hub, check first that there are rates.
 
-    Raises what `make_task` raises. Missing rates raise what they would in `rates_of`, but before a built-in task
-    fetches its data from the hub, which may take long.
+    Raises what `make_task` raises, and ValueError for missing rates.
     """
     if config.task in TASKS and config.task not in TUNED and not config.data:
         lookup_rates({}, method_of(config.method).tuned(config), config)
@@ -270,21 +289,21 @@ def task_of(config: Settings) -> Task:
 
 
 def rates_of(task: Task, config: Settings) -> Rates:
-    """The rates of a run: its own, or those that were tuned for its task and method. Raises ValueError."""
+    """Return the rates of a run: its own, or those tuned for its task and method. Raises ValueError for neither."""
     return task.rates_of(method_of(config.method).tuned(config), config)
 
 
 def partition(task: Task, config: Settings, smallest_shard: int | None = None) -> list[Dataset | Items]:
-    """The training samples of each client, or of each part where clients share them; see `assemble`."""
+    """Return the training samples of each client, or of each part if clients share parts: see `assemble`."""
     train = task.train
     if isinstance(train, list):
         return train
     parts = config.clients if smallest_shard is None else shard_count(len(train), config.clients, smallest_shard)
     if config.partition == "iid":
-        owned = iid_split(len(train), parts, config.seed)
+        indices = iid_split(len(train), parts, config.seed)
     else:
         groups = train.labels if task.groups is None else task.groups
         if groups.dim() != 1 or groups.is_floating_point():
             raise ValueError("labels that are no classes cannot divide the data: use partition iid, or give groups")
-        owned = dirichlet_split(groups, parts, config.alpha, config.seed)
-    return [train[chosen] for chosen in owned]
+        indices = dirichlet_split(groups, parts, config.alpha, config.seed)
+    return [train[chosen] for chosen in indices]

@@ -1,4 +1,4 @@
-"""A page and a figure of who took part in which round of a run with clients on other machines, from events.jsonl."""
+"""A page and a figure, made from events.jsonl, of which clients took part in which rounds of a run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# What may happen to a client that is asked in a round, and its colour in the figure.
+# The states of a client that was asked in a round, with their colours in the figure.
 STATES = {
     "took part": "#3b7dbd",
     "gone": "#4d4d4d",
@@ -43,29 +43,30 @@ ROUNDS, CLIENTS = 600, 150  # columns and rows of the figure's matrix, at most
 class Event:
     """A finished round.
 
-    clients: by state, see `STATES`. why: by client that failed. loss: NaN where nobody took part. moved: bytes so far,
-    of all clients.
+    loss: NaN if nobody took part. seconds: by phase. bytes_sent: so far, by all clients and the server. clients: by
+    state, see `STATES`. failures: the reason, by client that failed.
     """
 
     round: int
     time: datetime
     loss: float
     seconds: dict[str, float]
-    moved: int
+    bytes_sent: int
     clients: dict[str, NDArray[np.int32]]
-    why: dict[int, str]
+    failures: dict[int, str]
 
     @classmethod
     def read(cls, line: bytes, rounds: int, clients: int) -> Event:
-        """The round of a line of events.jsonl. Raises one of `DAMAGED` for a line that is not of this run."""
+        """Parse a line of events.jsonl. Raises one of `DAMAGED` for a line that is not of this run."""
         values = json.loads(line)
-        took = set(values["took part"])
-        why = {int(client): str(why) for client, why in values["missing"].items() if int(client) not in took}
-        by_state: dict[str, set[int]] = {state: set() for state in STATES} | {"took part": took}
-        for client, reason in why.items():
+        took_part = set(values["took part"])
+        missing = {int(n): str(reason) for n, reason in values["missing"].items() if int(n) not in took_part}
+        by_state: dict[str, set[int]] = {state: set() for state in STATES} | {"took part": took_part}
+        for client, reason in missing.items():
             by_state[reason if reason in ("gone", "late", "lost") else "failed"].add(client)
-        by_state["left out"] = set(values.get("asked", ())) - took - set(why)  # older runs don't say whom they asked
-        if not all(type(c) is int and 0 <= c < clients for found in by_state.values() for c in found):
+        asked = set(values.get("asked", ()))  # earlier versions did not record it
+        by_state["left out"] = asked - took_part - set(missing)
+        if not all(type(c) is int and 0 <= c < clients for numbers in by_state.values() for c in numbers):
             raise ValueError("clients that the run has not")
         if not 1 <= values["round"] <= rounds:
             raise ValueError("a round that the run has not")
@@ -73,10 +74,10 @@ class Event:
             round=int(values["round"]),
             time=datetime.fromtimestamp(values["time"], timezone.utc),
             loss=math.nan if values["loss"] is None else float(values["loss"]),
-            seconds={str(phase): float(spent) for phase, spent in values["seconds"].items()},
-            moved=int(values["bytes"]),
-            clients={state: np.array(sorted(found), np.int32) for state, found in by_state.items()},
-            why={client: reason for client, reason in why.items() if client in by_state["failed"]},
+            seconds={str(phase): float(seconds) for phase, seconds in values["seconds"].items()},
+            bytes_sent=int(values["bytes"]),
+            clients={state: np.array(sorted(numbers), np.int32) for state, numbers in by_state.items()},
+            failures={client: reason for client, reason in missing.items() if client in by_state["failed"]},
         )
 
 
@@ -85,12 +86,12 @@ DAMAGED = (ValueError, TypeError, KeyError, AttributeError, OverflowError, OSErr
 
 
 def read_events(path: Path, rounds: int, clients: int) -> tuple[list[Event], int]:
-    """The rounds of an events.jsonl, in order, and how many of its lines cannot be read.
+    """Read an events.jsonl: (its rounds in order, the number of its damaged lines).
 
-    Of a round that was run again after a resume the last run counts, and rounds that followed an earlier one do not. An
-    incomplete last line is not counted as damaged: it may be being written.
+    If the run was resumed and ran rounds again, the later run of these rounds counts. An incomplete last line is not
+    counted as damaged: it may be being written.
     """
-    kept: list[Event] = []
+    events: list[Event] = []
     damaged = 0
     with regular(path).open("rb") as file:
         for line in iter(partial(file.readline, LONGEST_LINE), b""):
@@ -99,19 +100,20 @@ def read_events(path: Path, rounds: int, clients: int) -> tuple[list[Event], int
             except DAMAGED:
                 damaged += line.endswith(b"\n")
                 continue
-            while kept and kept[-1].round >= event.round:
-                kept.pop()
-            kept.append(event)
-    return kept, damaged
+            while events and events[-1].round >= event.round:
+                events.pop()
+            events.append(event)
+    return events, damaged
 
 
-def attendance(folder: Path) -> Path:
-    """Write report.html and clients.png into the folder of a run with clients on other machines; returns the page.
+def write_attendance(folder: Path) -> Path:
+    """Write report.html and clients.png into a run's folder. Returns the page's path.
 
-    A run that goes on is shown up to its last round. Raises FileNotFoundError where the folder holds no such run, and
-    ValueError naming a file of it that is damaged, or that has no round yet.
+    The run is one with clients on other machines. An unfinished run is shown up to its last round. Raises
+    FileNotFoundError if the folder holds no such run, and ValueError naming a file that is damaged, or that has no
+    round yet.
     """
-    title, rounds, clients = _run(folder / "config.json")
+    title, rounds, clients = _read_config(folder / "config.json")
     path = folder / "events.jsonl"
     if not path.exists():
         raise FileNotFoundError(f"{folder} holds no run with clients elsewhere: there is no {path.name}")
@@ -124,8 +126,8 @@ def attendance(folder: Path) -> Path:
     return page
 
 
-def _run(path: Path) -> tuple[str, int, int]:
-    """(title, rounds, clients) of a run, from its config.json, whose other settings this version need not know."""
+def _read_config(path: Path) -> tuple[str, int, int]:
+    """Read (title, rounds, clients) from a run's config.json. This version need not know its other settings."""
     try:
         settings = json.loads(read_small(path))
         on = f" on {short_name(settings['task'])}" if settings["task"] else ""  # a task that is an object has no name
@@ -138,11 +140,11 @@ def _run(path: Path) -> tuple[str, int, int]:
 
 
 def plot(events: Sequence[Event], clients: int, path: Path, title: str) -> str:
-    """Draw clients against rounds, the training loss, and seconds by phase.
+    """Plot the clients' states by round, the training loss, and seconds by phase.
 
-    Of many rounds or clients, neighbours share a cell of the matrix. Its colour is the mean of its clients' colours, a
-    client's the mean of the rounds that asked it. The curves are means too. Returns the size of a cell in words, "" if
-    it is one client and one round.
+    If rounds or clients are many, a cell of the matrix stands for several. A client's colour in it is the mean over the
+    rounds that asked it, and the cell's colour is the mean over its clients. The curves are means too. Returns the size
+    of a cell in words, or "" for one client and one round.
     """
     first, last = events[0].round, events[-1].round
     wide, tall = -(-(last - first + 1) // ROUNDS), -(-clients // CLIENTS)
@@ -177,7 +179,7 @@ def _draw_clients(
     clients: int,
     tall: int,
 ) -> None:
-    """The matrix. columns: of the events; edges: of the columns, in rounds; tall: clients per row."""
+    """Draw the matrix of states. columns: each event's; edges: of the columns, in rounds; tall: clients per row."""
     cells = _cells(events, columns, len(edges) - 1, clients, tall)
     extent = (edges[0], edges[-1], tall * len(cells) - 0.5, -0.5)
     axis.imshow(cells, extent=extent, aspect="auto", interpolation="nearest")
@@ -194,7 +196,7 @@ def _draw_clients(
 
 
 def _draw_seconds(axis: Axes, events: Sequence[Event], columns: NDArray[np.int64], edges: NDArray[np.floating]) -> None:
-    """Mean seconds per round of every column, as a stack of phases."""
+    """Draw the mean seconds per round of every column, stacked by phase."""
     names = list(dict.fromkeys(phase for event in events for phase in event.seconds))
     colors = require("matplotlib", "clients.png").colormaps["viridis"](np.linspace(0.2, 0.9, len(names)))
     below: NDArray[np.float64] = np.zeros(len(edges) - 1)
@@ -209,7 +211,7 @@ def _draw_seconds(axis: Axes, events: Sequence[Event], columns: NDArray[np.int64
 
 
 def _legend_above(entries: int) -> dict[str, Any]:
-    """Arguments that put a legend on one line above its axes."""
+    """Return the arguments that put a legend on one line above its axes."""
     position = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0.2}
     return {**position, "ncols": entries, "frameon": False}
 
@@ -217,7 +219,7 @@ def _legend_above(entries: int) -> dict[str, Any]:
 def _cells(
     events: Sequence[Event], columns: NDArray[np.int64], count: int, clients: int, tall: int
 ) -> NDArray[np.float64]:
-    """The colours of the cells, [rows, count, 3]. columns: of the events, below `count`; tall: clients per row."""
+    """Return the cells' colours, [rows, count, 3]. columns: each event's, below `count`; tall: clients per row."""
     rgba = require("matplotlib.colors", "clients.png").to_rgba_array([*STATES.values(), NOT_ASKED])
     palette, not_asked = rgba[:-1, :3], rgba[-1, :3]
     starts = np.arange(0, clients, tall)
@@ -235,10 +237,10 @@ def _cells(
 
 
 def _means(columns: NDArray[np.int64], values: Sequence[float], count: int) -> NDArray[np.float64]:
-    """The mean of each column's finite values; NaN where there are none. columns: of the values, below `count`."""
-    found = np.array(values)
-    finite = np.isfinite(found)
-    sums = np.bincount(columns[finite], found[finite], count)
+    """Return the mean of each column's finite values, NaN for none. columns: each value's, below `count`."""
+    array = np.array(values)
+    finite = np.isfinite(array)
+    sums = np.bincount(columns[finite], array[finite], count)
     counts = np.bincount(columns[finite], minlength=count)
     return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
@@ -248,7 +250,7 @@ def _page(title: str, rounds: int, clients: int, events: Sequence[Event], damage
     loss = "none: nobody took part" if math.isnan(last.loss) else f"{last.loss:.4f}"
     parts = [
         f"<p>Round {last.round} of {rounds}, {clients} clients; from {_time(events[0].time)} to {_time(last.time)}."
-        f" Last training loss: {loss}. {last.moved / 1e6:.1f} MB on the wire.</p>"
+        f" Last training loss: {loss}. {last.bytes_sent / 1e6:.1f} MB on the wire.</p>"
     ]
     if damaged:
         parts.append(f"<p><strong>Lines of events.jsonl that cannot be read</strong> and do not count: {damaged}.</p>")
@@ -266,18 +268,19 @@ def _page(title: str, rounds: int, clients: int, events: Sequence[Event], damage
 
 def _table(events: Sequence[Event], clients: int) -> str:
     counts = {state: Counter[int]() for state in STATES}
-    seen: dict[int, Event] = {}
-    why: dict[int, str] = {}
+    last_event: dict[int, Event] = {}  # by client, the last one in which it took part
+    last_failure: dict[int, str] = {}
     for event in events:
         for state, numbers in event.clients.items():
             counts[state].update(numbers.tolist())
-        seen |= dict.fromkeys(event.clients["took part"].tolist(), event)
-        why |= event.why
+        last_event |= dict.fromkeys(event.clients["took part"].tolist(), event)
+        last_failure |= event.failures
     rows = []
     for client in range(clients):
-        last = f"round {seen[client].round}, {_time(seen[client].time)}" if client in seen else "never"
+        last = last_event.get(client)
+        took_part = "never" if last is None else f"round {last.round}, {_time(last.time)}"
         cells = [str(counts[state][client] or "") for state in STATES]
-        rows.append([str(client), *cells, last, why.get(client, "")])
+        rows.append([str(client), *cells, took_part, last_failure.get(client, "")])
     return html_table(["client", *STATES, "last took part", "last failure"], rows)
 
 

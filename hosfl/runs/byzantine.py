@@ -1,4 +1,4 @@
-"""Byzantine clients of a simulation: they compute what they should, and send something else."""
+"""Byzantine clients of a simulation: they compute honestly, and falsify their messages."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from hosfl.runs.faults import Faults
 class ByzantineClient(ZerothOrderClient):
     """A client that falsifies its messages.
 
-    faults: which parts of them. classes: C, of the labels. ignore_index: see `CutSpec`. random: draws the noise.
+    faults: says which parts of them. classes: the number of classes of the labels. ignore_index: see `CutSpec`. random:
+    the generator of false values.
     """
 
     faults: Faults = field(kw_only=True)
@@ -30,11 +31,12 @@ class ByzantineClient(ZerothOrderClient):
 
     @staticmethod
     def of(honest: ZerothOrderClient, **lies: Any) -> ByzantineClient:
-        """A Byzantine client with the settings and the state of an honest one."""
-        same = {f.name: getattr(honest, f.name) for f in fields(ZerothOrderClient) if f.init}
-        return ByzantineClient(**same, **lies)
+        """Make a Byzantine client with the settings and the state of an honest one. lies: the fields of this class."""
+        inherited = {f.name: getattr(honest, f.name) for f in fields(ZerothOrderClient) if f.init}
+        return ByzantineClient(**inherited, **lies)
 
     def output(self, round: int) -> Cut:
+        """Compute the cut, and falsify it."""
         honest = super().output(round)
         computed = replace(honest, cut=unpacked(honest.cut, honest.scales, self.wire))
         falsified = self._falsify(computed)
@@ -44,6 +46,7 @@ class ByzantineClient(ZerothOrderClient):
         return replace(falsified, cut=cut, scales=scales)
 
     def answer(self, message: Message) -> Scalars:
+        """Compute the answer, and falsify it."""
         return self._falsify(super().answer(message))
 
     def _falsify(self, message: AnyMessage) -> AnyMessage:
@@ -59,7 +62,7 @@ AnyMessage = TypeVar("AnyMessage", Cut, Scalars)
 
 
 def _classes(cut: Cut, liar: ByzantineClient) -> int:
-    """The number of values that a label may have. Pairs of labels are positions in a text, as long as the cut is."""
+    """Return the number of values that a label may have. Pairs of labels are positions in a text: the cut's length."""
     positions = cut.labels.dim() > 1 and liar.ignore_index is None
     return cut.cut.shape[1] if positions else liar.classes
 
@@ -75,7 +78,7 @@ def _random_labels(cut: Cut, liar: ByzantineClient) -> Tensor:
 
 
 def _keep_ignored(cut: Cut, labels: Tensor, liar: ByzantineClient) -> Tensor:
-    """False labels, but for those that the loss ignores."""
+    """Return false labels, except where the loss ignores the true ones."""
     return labels if liar.ignore_index is None else torch.where(cut.labels == liar.ignore_index, cut.labels, labels)
 
 
@@ -89,7 +92,7 @@ def _signed(honest: Scalars, liar: ByzantineClient) -> Tensor:
     return honest.scalars * signs * liar.faults.magnitude
 
 
-# By lie: the field of a message, and the function that makes its false value.
+# By lie: the name of a message's field, and the function (message, client) -> its false value.
 FALSIFIERS: dict[str, tuple[str, Callable[[Any, ByzantineClient], Tensor]]] = {
     "labels": ("labels", _other_labels),
     "random-labels": ("labels", _random_labels),

@@ -1,12 +1,12 @@
-"""The files of a run's folder from which a killed run resumes and a log is turned into weights again.
+"""The files of a run's folder from which a run is resumed, and weights are rebuilt.
 
 config.json                 the settings
 base.safetensors            the client half of round 0
-hosfl.log                   the client half of every later round
-provenance.json             digests of settings, data and model, which a resumed run must have too
+hosfl.log                   the rounds, from which the client half of every later round can be rebuilt
+provenance.json             digests of settings, data and model, which a resumed run must share
 lock                        locked by the process that runs it
 id.json                     the run's id, in hexadecimal digits
-epoch.json                  of methods without a log: how often the run was resumed
+epoch.json                  for methods without a log: how often the run was resumed
 snapshot-*.safetensors      the server's state, every `snapshot_every` rounds
 """
 
@@ -34,16 +34,17 @@ from hosfl.settings import Settings
 
 
 def module_bytes(module: nn.Module) -> bytes:
-    """A module's state dict as safetensors; tied tensors are written once per name."""
+    """Encode a module's state dict as safetensors; tied tensors are written once per name."""
     return save({k: v.detach().cpu().contiguous().clone() for k, v in module.state_dict().items()})
 
 
 def save_module(module: nn.Module, path: Path) -> None:
-    """`module_bytes` in a file."""
+    """Write `module_bytes` to a file."""
     write_atomically(path, module_bytes(module))
 
 
 def save_config(config: Settings, folder: Path) -> None:
+    """Write a run's settings."""
     write_json(folder / "config.json", asdict(config))
 
 
@@ -60,7 +61,7 @@ def check_free(folder: Path) -> None:
 
 
 def load_config(folder: Path) -> Config:
-    """The settings of the run in a folder. Raises FileNotFoundError, or ValueError naming what is wrong."""
+    """Read the settings of the run in a folder. Raises FileNotFoundError, or ValueError naming what is wrong."""
     path = folder / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"{folder} holds no run: there is no {path.name}")
@@ -77,9 +78,9 @@ def save_id(id: bytes, folder: Path) -> None:
 
 
 def load_id(folder: Path) -> bytes:
-    """The id of the run in a folder. A run of a version that had no ids gets a new one.
+    """Read the id of the run in a folder. A run of an earlier version, without an id, gets a new one.
 
-    Raises ValueError naming the file for one that holds no id.
+    Raises ValueError naming the file if it holds no id.
     """
     path = folder / "id.json"
     if not path.exists():
@@ -91,9 +92,10 @@ def load_id(folder: Path) -> bytes:
 
 
 def next_epoch(folder: Path) -> int:
-    """The next epoch of the run in a folder: 1, 2, ...; it is on disk when this returns.
+    """Begin the next epoch of the run in a folder, 1, 2, ..., and return it; it is on disk when this returns.
 
-    For runs without a log, whose records have the epoch. Raises ValueError naming the file for one that holds no epoch.
+    It is for methods without a log: a log records the epochs itself. Raises ValueError naming the file if it holds no
+    epoch.
     """
     path = folder / "epoch.json"
     try:
@@ -107,8 +109,8 @@ def next_epoch(folder: Path) -> int:
     return last + 1
 
 
-def header_of(run: Run, base: nn.Module, settings: dict[str, Any]) -> Header:
-    """The log header of a run whose client half starts as `base`, already on its lattice."""
+def make_header(run: Run, base: nn.Module, settings: dict[str, Any]) -> Header:
+    """Make the log header of a run whose client half starts as `base`, already on its lattice."""
     names: dict[int, list[str]] = {}
     for name, p in base.named_parameters(remove_duplicate=False):
         names.setdefault(id(p), []).append(name)

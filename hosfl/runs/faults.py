@@ -1,4 +1,4 @@
-"""What goes wrong in a simulation: the settings of `hosfl simulate` beside those of a run."""
+"""The faults of a simulation: settings of `hosfl simulate` in addition to those of a run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LIES = (
 
 @dataclass(frozen=True)
 class Faults:
-    """What goes wrong in a simulation.
+    """The faults of a simulation.
 
     Args:
         dropout: the share of clients that vanish in the middle of a round, at any of its messages.
@@ -25,15 +25,15 @@ class Faults:
         deadline: seconds for each of a round's two exchanges. What the server gets later arrives in its next round and
             is refused.
         byzantine: the share of clients that lie.
-        lies: what about, of `LIES`, with commas between: "labels" (of C classes they say C - 1 - c for c),
+        lies: what they falsify, of `LIES`, with commas between: "labels" (C - 1 - c for c, of C classes),
             "random-labels" (any class but the right one), "flipped-cuts" (times -1), "scaled-cuts" (times `magnitude`),
             "noisy-cuts" (noise of the same size), "flipped-scalars", and "scalars" (times `magnitude`, of either sign).
-        magnitude: how many times too large scaled cuts and scalars are.
+        magnitude: the factor of scaled cuts and scalars.
         damage: the share of messages in which a bit flips.
         crash_every: mean rounds between two deaths of the server, at any message or right after a commit; 0: never.
 
     Raises:
-        ValueError: a value that cannot be.
+        ValueError: a value is invalid.
     """
 
     dropout: float = setting(0.0, "share of clients that vanish in the middle of a round")
@@ -65,4 +65,5 @@ class Faults:
 
     @property
     def lie_names(self) -> list[str]:
+        """The lies, as a list."""
         return self.lies.split(",")

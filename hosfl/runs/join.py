@@ -1,7 +1,7 @@
-"""A client on its own machine: it fetches the files of a run once, and answers requests from then on.
+"""A client on its own machine: it fetches a run's files once, and then answers requests.
 
-No code comes from the server: a task or a method of the user's own is named on this machine too. The exception is a
-cluster with one owner, where a run's own files of code are read on all machines.
+No code comes from the server: a task or method in a user's file must be named on this machine too. The exception is a
+cluster with one owner, whose machines all read the file that the run names.
 """
 
 from __future__ import annotations
@@ -36,47 +36,48 @@ from hosfl.protocol.aggregate import AGGREGATIONS
 from hosfl.protocol.endpoint import Endpoint
 from hosfl.protocol.provenance import header_digest
 from hosfl.references import absolute_reference, load_object
-from hosfl.runs.assemble import base_of, client_of, halves_of, partition, rates_of
-from hosfl.runs.checkpoint import header_of
+from hosfl.runs.assemble import make_base_half, make_client, make_halves, partition, rates_of
+from hosfl.runs.checkpoint import make_header
 from hosfl.runs.config import Config
 from hosfl.runs.serve import LOCAL
 from hosfl.tasks import READERS, TASKS, make_task
 from hosfl.tasks.data import Dataset
-from hosfl.tasks.items import Items, labels_without_reading, read, samples_of
+from hosfl.tasks.items import Items, as_dataset, read, stored_labels
 from hosfl.tasks.reading import DataError, call_user_function, load_arrays
 
-OWN = {"task": (TASKS, "FUNCTION"), "method": (METHODS, "CLASS")}  # settings that may be the user's code, FILE.py:NAME
+# Settings that may name a user's code: (the built-in names, what FILE.py:NAME names).
+USER_CODE = {"task": (TASKS, "FUNCTION"), "method": (METHODS, "CLASS")}
 
 
-def settings_of(offered: bytes, task: str = "", method: str = "", **local: Any) -> tuple[dict[str, Any], Config]:
-    """(the run that the server offers, its settings with this machine's own). Raises JoinError.
+def read_run(offer: bytes, task: str = "", method: str = "", **local: Any) -> tuple[dict[str, Any], Config]:
+    """Parse the run that a server offers: (its other fields, see `read_offer`; its settings with this machine's).
 
-    task: "FILE.py:FUNCTION" of this machine, for a run of a task that is not built in. method: "FILE.py:CLASS",
-    likewise. local: settings of this machine.
+    task, method: "FILE.py:FUNCTION" and "FILE.py:CLASS" on this machine, for a run whose task or method is not built
+    in. local: settings of this machine. Raises JoinError.
     """
-    settings, run = read_offer(offered)
-    for name, own in (("task", task), ("method", method)):
-        theirs, (library, kind) = settings.get(name), OWN[name]
-        run[name] = theirs
-        known = isinstance(theirs, str) and theirs in library
-        if not known and not own:
+    settings, run = read_offer(offer)
+    for name, given in (("task", task), ("method", method)):
+        offered, (library, kind) = settings.get(name), USER_CODE[name]
+        run[name] = offered
+        is_built_in = isinstance(offered, str) and offered in library
+        if not is_built_in and not given:
             raise JoinError(
-                f"the run is of the server's own {name} {theirs!r}: name yours with --{name} FILE.py:{kind}, since no"
+                f"the run is of the server's own {name} {offered!r}: name yours with --{name} FILE.py:{kind}, since no"
                 " code is fetched"
             )
-        if known and own:
-            raise JoinError(f"the run's {name} is {theirs!r}, the library's: leave out --{name}")
-        if own:
-            local[name] = own
-    kind, _, of_peft = str(settings.get("trains")).partition(":")
-    if kind == "peft" and not re.fullmatch(r"[A-Za-z0-9_]+", of_peft):  # else it might be a file's, of this machine
+        if is_built_in and given:
+            raise JoinError(f"the run's {name} is {offered!r}, the library's: leave out --{name}")
+        if given:
+            local[name] = given
+    kind, _, adapter = str(settings.get("trains")).partition(":")
+    if kind == "peft" and not re.fullmatch(r"[A-Za-z0-9_]+", adapter):  # another name may be a file of this machine
         raise JoinError(
             f"the run's adapters are {settings['trains']!r}, those of a file of the server's: this client reads no file"
             " by its name, and knows peft's own names, such as peft:vera"
         )
-    strange = sorted(set(settings) - set(Config.names()) | set(settings) & set(LOCAL))
-    if strange:
-        raise JoinError(f"the run has settings that this version has not: {', '.join(strange)}: update hosfl")
+    unknown = sorted(set(settings) - set(Config.names()) | set(settings) & set(LOCAL))
+    if unknown:
+        raise JoinError(f"the run has settings that this version has not: {', '.join(unknown)}: update hosfl")
     try:
         config = Config(**{**settings, **local})
     except (TypeError, ValueError) as error:
@@ -84,23 +85,23 @@ def settings_of(offered: bytes, task: str = "", method: str = "", **local: Any) 
     return run, config
 
 
-def own_data(data: str, config: Config, longest: int) -> Dataset | Items | None:
-    """This client's own samples; None where the task reads `data` itself.
+def read_client_data(data: str, config: Config, longest: int) -> Dataset | Items | None:
+    """Read this client's own samples; None if the task reads `data` itself.
 
     data: "" for the client's share of the task's data; a file of arrays, .npz or .safetensors, with "labels" among its
     names; FILE.py:FUNCTION, which returns what `Task.train` takes; otherwise a file or a folder in the task's format,
-    which need not have all classes, or whatever a task of the user's own reads. longest: tokens of a text that the half
+    which need not have all classes, or whatever a user's task reads. longest: the most tokens of a text that the half
     reads. Raises DataError, ValueError, OSError.
     """
     if not data:
         return None
     if data.endswith((".npz", ".safetensors")):
-        return _of_arrays(load_arrays(data, lambda file: load(regular(file).read_bytes())), data)
+        return _from_arrays(load_arrays(data, lambda file: load(regular(file).read_bytes())), data)
     if ".py:" in data:
-        return samples_of(call_user_function(data), data)
+        return as_dataset(call_user_function(data), data)
     if config.task in READERS:
-        found: Dataset = load_object(READERS[config.task], "data", {})(config, Path(data), longest)
-        return found
+        samples: Dataset = load_object(READERS[config.task], "data", {})(config, Path(data), longest)
+        return samples
     if config.task in TASKS:
         raise ValueError(
             f"the task {config.task} reads no files such as {data}: give .npz, .safetensors or FILE.py:NAME"
@@ -108,24 +109,25 @@ def own_data(data: str, config: Config, longest: int) -> Dataset | Items | None:
     return None
 
 
-def _of_arrays(arrays: dict[str, Any], data: str) -> Dataset | Items:
+def _from_arrays(arrays: dict[str, Any], data: str) -> Dataset | Items:
     if set(arrays) == {"inputs", "labels"}:
-        return samples_of((arrays["inputs"], arrays["labels"]), data)
-    return samples_of(arrays, data)
+        return as_dataset((arrays["inputs"], arrays["labels"]), data)
+    return as_dataset(arrays, data)
 
 
 def is_task_data(data: str, task: str) -> bool:
-    """Whether a task of the user's own reads `data` itself."""
+    """Whether a user's task reads `data` itself. task: "FILE.py:FUNCTION", or "" for a built-in task."""
     return bool(data and task) and not data.endswith((".npz", ".safetensors")) and ".py:" not in data
 
 
-class Clients:
-    """Makes clients of one run from the files that the server offers. The model is made once, and copied per client.
+class ClientFactory:
+    """Makes clients of a run from the files that the server offers. The model is made once, and copied per client.
 
-    own: the samples of one client, see `own_data`; None: all have shares of the task's. what: how errors call them.
+    run, config: from `read_run`. base: the base file. own: one client's samples, see `read_client_data`; None: clients
+    have shares of the task's. data_name: of these samples, for errors.
 
-    Raises JoinError where base, settings and this version's code do not make the half that the server has, and
-    DataError for samples that this half does not take, or whose cuts or labels the server would refuse.
+    Raises JoinError if base, settings and this version's code do not make the server's half; DataError for samples that
+    this half does not take, or whose cuts or labels the server would refuse.
     """
 
     def __init__(
@@ -134,23 +136,24 @@ class Clients:
         config: Config,
         base: bytes,
         own: Dataset | Items | None = None,
-        what: str = "the data",
+        data_name: str = "the data",
     ) -> None:
         if hashlib.sha256(base).hexdigest() != run["base"]:
             raise JoinError("the base half has another SHA-256 than the run says: it was damaged, or is another run's")
-        if own is not None:  # first, since the task's errors could not name their file
-            _check_labels(own, run, what)
+        if own is not None:  # first, since errors of the task would not name the file
+            _check_labels(own, run, data_name)
         self.config, self.task, self.own, self.id = config, make_task(config, own), own, run["id"]
-        # Fixed factors of adapters come with the base. Until then "xs" makes others, which needs no public samples.
+        # The fixed factors of adapters are loaded from the base. Until then those of "xs" take their place, which need
+        # no public samples.
         trains = "xs" + config.trains[3:] if config.trains.startswith("act:") else config.trains
-        half = base_of(replace(config, trains=trains), halves_of(config, self.task), None).to(config.device)
+        half = make_base_half(replace(config, trains=trains), make_halves(config, self.task), None).to(config.device)
         self.tensors, self.half = _load_base(half, base), half
         train = self.task.train if own is None else own
         first = train[0] if isinstance(train, list) else train
         sample = read(first[:2].to(config.device, dtype_of(half))).inputs
-        _check_samples(half, sample, run["cut"], what)
+        _check_samples(half, sample, run["cut"], data_name)
         if own is None:
-            _check_labels(first, run, what)
+            _check_labels(first, run, data_name)
         self.kind = method_of(config.method)
         setup = Setup(config, half, rates_of(self.task, config), AGGREGATIONS[config.aggregation], sample)
         setup.measures = run["measures"]
@@ -159,15 +162,15 @@ class Clients:
             self.method = self.kind(setup)
         except ValueError as error:
             raise JoinError(f"the half made here is not the server's: {error}: {needed}") from None
-        self.follows = self.method.ledger is not None
+        self.has_ledger = self.method.ledger is not None
         if isinstance(self.method.ledger, SeedReplay):
-            settings = {**config.decisive(), **{name: run[name] for name in OWN}}
-            if header_digest(header_of(self.method.ledger.run, half, settings)) != run["log"]:
+            settings = {**config.decisive(), **{name: run[name] for name in USER_CODE}}
+            if header_digest(make_header(self.method.ledger.run, half, settings)) != run["log"]:
                 raise JoinError(f"the half made here is not the server's (hosfl {run['hosfl']} there): {needed}")
-        self.method.ledger = None  # and the server's replica with it
+        self.method.ledger = None  # frees the server's replica
 
     def samples(self, number: int) -> Dataset | Items:
-        """The samples of a client: its own, or its share of the task's. Raises ValueError where neither is known."""
+        """Return a client's samples: its own, or its share of the task's. Raises ValueError if there are neither."""
         train = self.task.train
         if self.own is not None:
             return self.own
@@ -178,63 +181,64 @@ class Clients:
         return train
 
     def endpoint(self, number: int, data: Dataset | Items, alone: bool = False) -> Endpoint[Client]:
-        """The endpoint of a new client. alone: no other will be made, so that it may have the half and no copy."""
+        """Make a client and return its endpoint. alone: whether no other is made: then it gets the half, not a copy."""
         config, half = self.config, self.half if alone else copy.deepcopy(self.half)
-        client = client_of(self.method, number, half, data.to(config.device, dtype_of(half)), self.task)
+        client = make_client(self.method, number, half, data.to(config.device, dtype_of(half)), self.task)
         if isinstance(client, ZerothOrderClient):
-            client.replica.base = self._base  # the half itself moves: round 0 is only in the base file
-        return Endpoint(client, self.kind.exchanges(config), self.follows, bool(config.calibrate), self.id)
+            client.replica.base = self._base  # the half's own weights change, so only the base file has round 0
+        return Endpoint(client, self.kind.exchanges(config), self.has_ledger, bool(config.calibrate), self.id)
 
     def _base(self) -> list[Tensor]:
-        """The trainable tensors at round 0."""
+        """Return the trainable tensors of round 0."""
         names = [name for name, p in self.half.named_parameters() if p.requires_grad]
         return [self.tensors[name].to(self.config.device) for name in names]
 
 
-def _check_samples(half: nn.Module, sample: Inputs, cut: list[int], what: str) -> None:
-    """Raises DataError where the half cannot compute a cut that the server accepts from these samples."""
+def _check_samples(half: nn.Module, sample: Inputs, cut: list[int], name: str) -> None:
+    """Raises DataError if the half cannot compute a cut that the server accepts from these samples."""
     try:
         with torch.no_grad(), evaluating(half):
-            found = call(half, sample)
-            made, finite = list(found.shape[1:]), bool(found.isfinite().all())
-    except Exception as error:  # of whatever kind: the data may be anything
-        raise DataError(f"{what}: the client half does not take these data: {error}") from None
-    check_cut(made, finite, mask_of(sample) is not None, cut, what)
+            output = call(half, sample)
+            shape, finite = list(output.shape[1:]), bool(output.isfinite().all())
+    except Exception as error:  # of any type: the data may be anything
+        raise DataError(f"{name}: the client half does not take these data: {error}") from None
+    check_cut(shape, finite, mask_of(sample) is not None, cut, name)
 
 
-def _check_labels(data: Dataset | Items, run: dict[str, Any], what: str) -> None:
+def _check_labels(data: Dataset | Items, run: dict[str, Any], name: str) -> None:
     """Raises DataError for labels that the server would refuse in every round: see `Server`.
 
-    Checks all labels if they are in memory, or known beside items and equal to theirs; else those of the first samples.
+    Checks all labels if they are in memory, or if the data set stores them apart and they equal the first items'; else
+    those of the first samples.
     """
     first = read(data[:2])
     labels = first.labels
-    if isinstance(data, Dataset) or labels_without_reading(data.source) is not None:
-        # A transformation may change the label of an item, which is then not the one known beside it.
+    if isinstance(data, Dataset) or stored_labels(data.source) is not None:
+        # A transformation may change the labels of items: then the stored ones are not those of the samples.
         labels = data.labels if data.labels[:2].tolist() == labels.tolist() else labels
-    check_labels(labels.cpu().numpy(), None if mask_of(first.inputs) is None else first.length, run, what)
+    check_labels(labels.cpu().numpy(), None if mask_of(first.inputs) is None else first.length, run, name)
 
 
-class AllClients:
-    """A factory of a function that answers for any client of a run, for worker processes such as Ray's actors.
+class WorkerFactory:
+    """Makes a function that answers for any client of a run, in worker processes such as Ray's actors.
 
-    It can be pickled. The function makes a client when it is first asked, and keeps no more of them than a round needs.
-    A client that is made, or made again, starts from the state of another one: all clients that have applied the same
-    rounds have the same bits, so that it need not replay them.
+    It can be pickled. The function makes a client at its first request, and keeps no more clients than a round needs. A
+    new client, also one that is made again, starts from the state of another one and need not replay its rounds: all
+    clients that have applied the same rounds have the same bits.
 
-    A task or a method in a file of the user's goes by its name: every machine must have the file at the same path, and
-    runs it. So this is for machines of one owner.
+    A task or method in a user's file is passed by its name: every machine must have the file at the same path, and runs
+    it. So this is for machines of one owner.
 
-    files: what the server offers. smallest_shard: see `assemble`. local: this machine's settings.
+    files: those that the server offers. smallest_shard: see `assemble`. local: this machine's settings.
 
-    Raises JoinError for a task or method that is an object of the server's process, and, when it is called, for a
-    file that is not there.
+    Raises JoinError for a task or method that is an object of the server's process; a call raises it for a missing
+    file.
     """
 
     def __init__(self, files: Mapping[str, bytes], smallest_shard: int | None = None, **local: Any) -> None:
         self.files, self.smallest_shard, self.local = dict(files), smallest_shard, local
         settings = json.loads(files["run"])["settings"]
-        for name, (library, kind) in OWN.items():
+        for name, (library, kind) in USER_CODE.items():
             if not settings[name]:
                 raise JoinError(
                     f"the run's {name} is an object of this process, which no other has: put it into a file,"
@@ -244,15 +248,15 @@ class AllClients:
                 self.local[name] = absolute_reference(settings[name])
 
     def __call__(self) -> Callable[[int, bytes], bytes]:
-        for name in OWN:
+        for name in USER_CODE:
             place, _, _ = self.local.get(name, "").rpartition(":")
             if place.endswith(".py") and not Path(place).is_file():
                 raise JoinError(
                     f"{socket.gethostname()} has no {place}, where the run's {name} is: every machine has to have that"
                     " file at this path"
                 )
-        run, config = settings_of(self.files["run"], **self.local)
-        clients = Clients(run, config, self.files["base"])
+        run, config = read_run(self.files["run"], **self.local)
+        clients = ClientFactory(run, config, self.files["base"])
         shares = partition(clients.task, config, self.smallest_shard)
         recent: OrderedDict[int, Endpoint[Client]] = OrderedDict()
 
@@ -272,7 +276,7 @@ class AllClients:
 
 
 def _copy_state(client: Client, other: Client) -> None:
-    """Bring a new client to the state of another client of the run."""
+    """Copy the state of another client of the run into a new client."""
     if isinstance(client, ZerothOrderClient) and isinstance(other, ZerothOrderClient):
         client.load(other.replica.state())
     if other.calibrated:
@@ -281,16 +285,16 @@ def _copy_state(client: Client, other: Client) -> None:
 
 
 def _load_base(half: nn.Module, base: bytes) -> dict[str, Tensor]:
-    """Load a base file into the half; returns its tensors. Raises JoinError where they are not those of the half."""
+    """Load a base file into the half, and return its tensors. Raises JoinError if they are not those of the half."""
     try:
         tensors = load(base)
     except SafetensorError as error:
         raise JoinError(f"the base half is no safetensors file: {error}") from None
-    own = half.state_dict()
-    for name in own.keys() | tensors.keys():
-        if name not in own or name not in tensors:
+    here = half.state_dict()
+    for name in here.keys() | tensors.keys():
+        if name not in here or name not in tensors:
             raise JoinError(f"{name} is in the {'base' if name in tensors else 'half made here'} alone: another model?")
-        if (own[name].shape, own[name].dtype) != (tensors[name].shape, tensors[name].dtype):
+        if (here[name].shape, here[name].dtype) != (tensors[name].shape, tensors[name].dtype):
             raise JoinError(f"{name} has another shape or type in the base than in the half made here: another model?")
     half.load_state_dict(tensors)
     return tensors
@@ -307,18 +311,18 @@ def join(
     model: str = "",
     device: str = "cpu",
 ) -> None:
-    """Take part in a run until the line is closed. When the server starts another run, the client takes part in it.
+    """Take part in a run until the line is closed. If the server starts another run, the client takes part in that.
 
-    folder: of this client, for its base file and its state. data: see `own_data`. task, method, model: where the run's
-    are not built in. Raises JoinError, and what reading the data raises.
+    folder: for this client's base file and state. data: see `read_client_data`. task, method, model: if the run's are
+    not built in. Raises JoinError, and what reading the data raises.
     """
     local = {"data": data if is_task_data(data, task) else "", "model": model, "device": device}
 
-    def make(offered: bytes) -> Endpoint[Client]:
-        run, config = settings_of(offered, task, method, **local)
-        own = own_data(data, config, run["cut"][0] if run["cut"] else 1)
+    def make_endpoint(offer: bytes) -> Endpoint[Client]:
+        run, config = read_run(offer, task, method, **local)
+        own = read_client_data(data, config, run["cut"][0] if run["cut"] else 1)
         base = fetch_file(line, "base", run["base"], folder / "base.safetensors")
-        clients = Clients(run, config, base, own, data or "the task's data")
+        clients = ClientFactory(run, config, base, own, data or "the task's data")
         return clients.endpoint(number, clients.samples(number), alone=True)
 
-    take_part(line, number, folder, make)
+    take_part(line, number, folder, make_endpoint)

@@ -1,8 +1,8 @@
-"""Peak memory of one client's round, measured in a process of its own, beside inference of the same half.
+"""`hosfl memory`: the peak memory of a client's round, measured in a process of its own, and that of inference.
 
-A round is a forward pass whose output is encoded, a multiplier that is decoded, and the answer to it. Measured is the
-growth of the process from where half and batch are loaded: on Linux the kernel's high-water mark of the resident set,
-on CUDA the allocator's peak, elsewhere the peak of the process so far.
+A round is a forward pass whose output is encoded, a multiplier that is decoded, and the answer to it. The growth of the
+process is measured after half and batch are loaded: on Linux by the kernel's high-water mark of the resident set, on
+CUDA by the allocator's peak, elsewhere by the peak of the process so far.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ from hosfl.runs.report import machine, peak_memory
 from hosfl.tasks.data import Dataset
 from hosfl.tasks.digits import digits_model
 
-BOUND = 1.10  # the most that HO-SFL's client may need with its weights on the lattice, over inference plus three cuts
+BOUND = 1.10  # upper bound of the memory of HO-SFL's client in place, as a multiple of inference plus three cut tensors
 MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536, "num_attention_heads": 12}
 RESNET18 = {"layer_type": "basic", "depths": [2, 2, 2, 2], "hidden_sizes": [64, 128, 256, 512], "embedding_size": 64}
 
 # glibc keeps freed memory, and how much depends on all that was freed before. With this setting it returns blocks of
 # 64 KiB and more at once, so that the resident set is the memory in use.
-GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+MALLOC_SETTINGS = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
-# What is measured: the client's settings. Without a method it is a forward pass alone, or a forward and a backward
-# pass, which every answer by backpropagation needs.
+# The ways to use a half that are measured, with the client's settings. Those without a method are a forward pass, and a
+# forward and a backward pass, which every answer by backpropagation needs.
 INFERENCE, BACKPROPAGATION = "inference", "backpropagation alone"
 WAYS: dict[str, dict[str, Any]] = {
     INFERENCE: {},
@@ -65,13 +65,14 @@ WAYS: dict[str, dict[str, Any]] = {
     "ho, weights read only, bfloat16": {"method": "ho", "dtype": "bfloat16"},
     "ho, forward mode, bfloat16": {"method": "ho", "dtype": "bfloat16", "estimator": "forward"},
 }
-IN_BLOCKS = "ho, in place, 3 blocks of adapters, the rest float32"
-# What must keep the bound, and how many more cut tensors it may need: the inputs of a block and of the next one.
+BLOCKS_WAY = "ho, in place, 3 blocks of adapters, the rest float32"
+# The ways that must keep the bound, with the number of further cut tensors that they may need: the inputs of a block
+# and of the next one.
 BOUNDED = dict.fromkeys(("ho, in place", "ho, in place, two-sided", "ho, one backward pass, 2 samples at a time"), 0)
-BOUNDED[IN_BLOCKS] = 2
+BOUNDED[BLOCKS_WAY] = 2
 
-# For a language model also with few trainable weights, and the frozen ones stored in every width.
-FEW: dict[str, dict[str, Any]] = {
+# Further ways for a language model: with few trainable weights, and the frozen ones stored in every width.
+FEW_WEIGHTS_WAYS: dict[str, dict[str, Any]] = {
     f"{way}, {trains}, the rest {frozen}": {**WAYS[way], "trains": trains, "frozen": frozen}
     for way, trains, widths in (
         ("ho, in place", "norms", FROZEN[:4]),
@@ -83,19 +84,20 @@ FEW: dict[str, dict[str, Any]] = {
     )
     for frozen in widths
 }
-FEW[IN_BLOCKS] = {"method": "ho", "trains": "xs:4", "blocks": 3, "directions": 6}
-PASS = {"directions": 5, "probes_at_once": 5}
-FEW["ho, 5 probes in a pass, norms, the rest float32"] = {"method": "ho", "trains": "norms", **PASS}
+FEW_WEIGHTS_WAYS[BLOCKS_WAY] = {"method": "ho", "trains": "xs:4", "blocks": 3, "directions": 6}
+ONE_PASS = {"directions": 5, "probes_at_once": 5}
+FEW_WEIGHTS_WAYS["ho, 5 probes in a pass, norms, the rest float32"] = {"method": "ho", "trains": "norms", **ONE_PASS}
 
 
 @dataclass(frozen=True)
 class Half:
     """A client half to measure.
 
-    make: batch size -> the half, with random weights, and inputs. batch: the size that is measured. ways: see `WAYS`.
+    description: of the half and its inputs. batch: the measured batch size. make: a batch size -> (the half with random
+    weights, inputs). ways: see `WAYS`.
     """
 
-    what: str
+    description: str
     batch: int
     make: Callable[[int], tuple[nn.Module, Tensor | dict[str, Tensor]]]
     ways: dict[str, dict[str, Any]] = field(default_factory=lambda: WAYS)
@@ -117,18 +119,18 @@ def _resnet18(batch: int) -> tuple[nn.Module, Tensor]:
 
 HALVES = {
     "digits": Half("the digits task's half, pictures of 8 x 8", 128, _digits),
-    "minilm": Half("BERT of MiniLM's size, 3 of 6 layers, 64 tokens", 16, _minilm, {**WAYS, **FEW}),
+    "minilm": Half("BERT of MiniLM's size, 3 of 6 layers, 64 tokens", 16, _minilm, {**WAYS, **FEW_WEIGHTS_WAYS}),
     "resnet18": Half("ResNet-18, 2 of 4 stages, pictures of 224 x 224", 16, _resnet18),
 }
 
 
-def reference(way: str) -> str:
-    """The inference that a way is compared with: that of the same dtype."""
-    return f"{INFERENCE}, bfloat16" if {**WAYS, **FEW}[way].get("dtype") == "bfloat16" else INFERENCE
+def reference_way(way: str) -> str:
+    """Return the way with which another is compared: inference in the same dtype."""
+    return f"{INFERENCE}, bfloat16" if {**WAYS, **FEW_WEIGHTS_WAYS}[way].get("dtype") == "bfloat16" else INFERENCE
 
 
-def growth(work: Callable[[], object], device: torch.device) -> int:
-    """The bytes by which this process grows at most while `work` runs."""
+def peak_growth(work: Callable[[], object], device: torch.device) -> int:
+    """Call `work`, and return the most bytes by which this process grew meanwhile."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -150,16 +152,16 @@ def growth(work: Callable[[], object], device: torch.device) -> int:
 
 
 def _resident(name: str) -> int:
-    """VmRSS or VmHWM of this process, bytes."""
+    """Return VmRSS or VmHWM of this process, in bytes."""
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(name))
     return int(line.split()[1]) * 1024
 
 
 def measure_here(name: str, way: str, batch: int, device: torch.device) -> dict[str, int]:
-    """Measure one way in this process. Bytes: peak_extra, its growth; cut, the cut tensor; weights, as stored.
+    """Measure one way in this process. Returns bytes: peak_extra, its growth; cut, the cut tensor; weights, as stored.
 
-    A round with a batch of one goes before, so that code is loaded and threads are started. It takes two directions
-    unless the way says otherwise: more of them need no more memory, unless they share a pass.
+    A round with a batch of one comes first, to load code and start threads. A round has two directions, unless the way
+    sets their number: more directions need no more memory, unless they share a pass.
     """
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -203,29 +205,29 @@ def measure_here(name: str, way: str, batch: int, device: torch.device) -> dict[
             work = take_part
         cut = infer(0).nbytes * batch
         work(0)
-        peak = growth(lambda: work(1), device)
+        peak = peak_growth(lambda: work(1), device)
     weights = sum(t.nbytes for t in (*half.parameters(), *half.buffers()))
     return {"peak_extra": peak, "cut": cut, "weights": weights}
 
 
 def measure(name: str, way: str, batch: int, device: str = "cpu") -> dict[str, int]:
-    """`measure_here` in a process of its own. Raises ChildProcessError with its error output if it fails."""
+    """Call `measure_here` in a process of its own. Raises ChildProcessError with its error output if it fails."""
     command = [sys.executable, "-m", "hosfl.runs.memory", name, way, str(batch), device]
-    done = subprocess.run(command, env={**os.environ, **GIVE_BACK}, capture_output=True, text=True)
-    if done.returncode:
-        killed = f"the system killed its process (signal {-done.returncode}), most likely for lack of memory"
-        said = killed if done.returncode < 0 else done.stderr.strip() or f"status {done.returncode}"
-        raise ChildProcessError(f"{name}, {way}: {said}")
-    found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    completed = subprocess.run(command, env={**os.environ, **MALLOC_SETTINGS}, capture_output=True, text=True)
+    if completed.returncode:
+        killed = f"the system killed its process (signal {-completed.returncode}), most likely for lack of memory"
+        reason = killed if completed.returncode < 0 else completed.stderr.strip() or f"status {completed.returncode}"
+        raise ChildProcessError(f"{name}, {way}: {reason}")
+    row: dict[str, int] = json.loads(completed.stdout.splitlines()[-1])
+    return row
 
 
 def client_memory(
-    names: Sequence[str], device: str = "cpu", progress: Callable[[str], None] = lambda what: None
+    names: Sequence[str], device: str = "cpu", progress: Callable[[str], None] = lambda text: None
 ) -> dict[str, Any]:
-    """Measure every way for each of these halves; the content of benchmarks/results/client-memory.json.
+    """Measure every way for each of these halves. Returns the content of benchmarks/results/client-memory.json.
 
-    A row's of_bound is its peak over (the peak of inference in the same dtype + three cut tensors).
+    A row's of_bound is its peak / (the peak of inference in the same dtype + three cut tensors).
     """
     halves: dict[str, Any] = {}
     for name in names:
@@ -235,22 +237,22 @@ def client_memory(
             progress(f"{name}, {way}")
             row: dict[str, Any] = {**measure(name, way, half.batch, device)}
             rows[way] = row
-            row["of_bound"] = row["peak_extra"] / (rows[reference(way)]["peak_extra"] + 3 * row["cut"])
-        halves[name] = {"what": half.what, "batch": half.batch, "ways": rows}
+            row["of_bound"] = row["peak_extra"] / (rows[reference_way(way)]["peak_extra"] + 3 * row["cut"])
+        halves[name] = {"what": half.description, "batch": half.batch, "ways": rows}
     return {"machine": {**machine(), "threads": 1}, "device": device, "bound": BOUND, "halves": halves}
 
 
 def over_bound(result: dict[str, Any]) -> Iterator[str]:
-    """A line for every way above the bound. The digits half is left out: there a page of memory is a percent."""
+    """Yield a line for every way above the bound. The digits half is left out: for it a page of memory is a percent."""
     for name, half in result["halves"].items():
         for way, cuts in BOUNDED.items():
             row = half["ways"].get(way)
             if row is None or name == "digits":
                 continue
-            inference = half["ways"][reference(way)]["peak_extra"] + 3 * row["cut"]
+            inference = half["ways"][reference_way(way)]["peak_extra"] + 3 * row["cut"]
             if row["peak_extra"] > result["bound"] * inference + cuts * row["cut"]:
-                more = f", and {cuts} more" if cuts else ""
-                yield f"{name}, {way}: {row['of_bound']:.2f} times inference plus three cut tensors{more}"
+                further = f", and {cuts} more" if cuts else ""
+                yield f"{name}, {way}: {row['of_bound']:.2f} times inference plus three cut tensors{further}"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The server's messages to its clients, and their replies. An engine carries the bytes: see `hosfl.engines.engine`.
+"""The exchange of messages between the server and its clients. An engine carries the bytes: see `hosfl.engines.engine`.
 
-A request carries the rounds that its client has missed. Where the server does not know which round a client has
-reached, the client answers with its position, and is asked again.
+A request contains the rounds that its client has missed. If the server does not know the client's position, that is
+the rounds that it has applied, the client answers with its position, and gets another request.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from hosfl.protocol.messages import Complaint, Differs, Hello, Message, PoolMove
 from hosfl.terminal import printable
 
 OnReply = Callable[[int, Message | None], None]  # called with a client and its answer; None: no usable answer
-TRIES = 3  # requests for one answer: a client may first send its position, and then find that its half is wrong
-POSITION_SHARE = 0.25  # of the deadline, in which clients of unknown position must send theirs
+TRIES = 3  # requests for one answer: a client may first send its position, and then report that its half is wrong
+POSITION_SHARE = 0.25  # the part of the deadline in which clients of unknown position must send it
 
 
 @dataclass
 class Messenger:
     """Sends requests to clients and passes their answers on.
 
-    Two arguments of its methods are callables. on_reply: see `OnReply`. is_enough: called after each answer; whether to
-    go on without the remaining clients.
+    Its methods take two callables. on_reply: see `OnReply`. is_enough: called after each answer; returns whether to go
+    on without the remaining clients.
 
     Attributes:
         server: decodes and checks the replies, and knows which rounds a client has missed.
         engine: carries the messages.
         deadline: seconds for each exchange; None: as long as it takes.
         wire: counts the bytes; a simulation's loses some.
-        positions: by client, (rounds, epoch) that it has applied, where the server knows.
-        missing: how many requests were not answered.
+        positions: by client, if known, (rounds, epoch) that it has applied.
+        missing: the number of requests that were not answered.
         failures: by client, why it did not answer in this round: "gone", "late", "lost" or "failed: ...".
-        complaints: why clients refused what they were sent.
+        complaints: the reasons for which clients refused requests.
     """
 
     server: Server
@@ -51,24 +51,24 @@ class Messenger:
     def collect(
         self,
         clients: Sequence[int],
-        ask: Callable[[int], Sequence[Message]],
+        request: Callable[[int], Sequence[Message]],
         on_reply: OnReply,
         is_enough: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Ask clients, each after the rounds that it has missed, and pass on what they answer.
+        """Send each client the rounds that it has missed and a request, and pass on the answers.
 
-        ask: the request to a client, by its number; called for every try. `on_reply` is not called for a client that
+        request: a client's number -> its request; called for every try. `on_reply` is not called for a client that
         answers every try with its position.
         """
         ends = self._deadline_at()
-        missed = {n: self._missed(n) for n in clients}
+        updates = {n: self._missed_update(n) for n in clients}
         if self.server.ledger is not None:
-            # A client sends its position at once, so nobody has to wait for one that computes. A client that stays
-            # silent costs the others only this share of their time.
-            unknown = {n: missed.pop(n) for n in clients if n not in self.positions}
-            missed |= self._collect_once(unknown, ask, on_reply, is_enough, self._deadline_at(POSITION_SHARE))
+            # Clients of unknown position are asked first. Each sends its position at once, so that nobody has to wait
+            # for one that computes. A client that stays silent costs the others only this share of their time.
+            unknown = {n: updates.pop(n) for n in clients if n not in self.positions}
+            updates |= self._collect_once(unknown, request, on_reply, is_enough, self._deadline_at(POSITION_SHARE))
         for _ in range(TRIES):
-            missed = self._collect_once(missed, ask, on_reply, is_enough, ends)
+            updates = self._collect_once(updates, request, on_reply, is_enough, ends)
 
     def deliver(
         self,
@@ -76,7 +76,7 @@ class Messenger:
         on_reply: OnReply,
         is_enough: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Send each client its message, once, and pass on what they answer."""
+        """Send each client its message, once, and pass on the answers."""
         for client, message in self._replies({n: [message] for n, message in messages.items()}, self._deadline_at()):
             on_reply(client, message)
             if is_enough():
@@ -84,37 +84,40 @@ class Messenger:
 
     def _collect_once(
         self,
-        missed: Mapping[int, Sequence[Message]],
-        ask: Callable[[int], Sequence[Message]],
+        updates: Mapping[int, Sequence[Message]],
+        request: Callable[[int], Sequence[Message]],
         on_reply: OnReply,
         is_enough: Callable[[], bool],
         ends: float | None,
     ) -> dict[int, list[Message]]:
-        """One try. Returns the updates for clients whose position was not what the server believed."""
-        again: dict[int, list[Message]] = {}
-        for client, message in self._replies({n: [*some, *ask(n)] for n, some in missed.items()}, ends):
+        """Try once. Returns the updates for clients whose position was not what the server assumed."""
+        updates_again: dict[int, list[Message]] = {}
+        for client, message in self._replies({n: [*update, *request(n)] for n, update in updates.items()}, ends):
             if isinstance(message, (Hello, Differs, Statistics)):
-                of = self.server.calibration if isinstance(message, Statistics) else self.server.welcome
-                news = of(message)
-                if news is not None:
-                    again[client] = [news]
+                make_update = self.server.calibration if isinstance(message, Statistics) else self.server.welcome
+                update = make_update(message)
+                if update is not None:
+                    updates_again[client] = [update]
                     continue
                 message = None
             on_reply(client, message)
             if message is None:
                 continue
-            for applied in missed[client]:
+            for applied in updates[client]:
                 self.positions[client] = _position_after(applied)
             if is_enough():
                 return {}
-        return again
+        return updates_again
 
     def _replies(
-        self, asks: Mapping[int, Sequence[Message]], ends: float | None
+        self, requests: Mapping[int, Sequence[Message]], ends: float | None
     ) -> Iterator[tuple[int, Message | None]]:
-        """Clients and their replies, as they arrive; None for no usable reply. Closing it cancels the request."""
+        """Send requests, and yield (client, its reply) as they arrive; None for no usable reply.
+
+        Closing the iterator cancels the requests.
+        """
         data: dict[int, bytes] = {}
-        for client, messages in asks.items():
+        for client, messages in requests.items():
             carried = self.wire.carry(client, messages)
             if carried is None:
                 self._count_missing(client)
@@ -126,7 +129,7 @@ class Messenger:
             yield reply.client, self._receive(reply)
 
     def _receive(self, reply: Reply) -> Message | None:
-        """The message of a reply; None if there is none or it cannot be read."""
+        """Decode a reply; None if there is none, or it cannot be decoded, or it is a complaint."""
         data = None if reply.data is None else self.wire.bring(reply.client, reply.data)
         if data is None:
             self._count_missing(reply.client)
@@ -145,26 +148,26 @@ class Messenger:
 
     def _count_missing(self, client: int) -> None:
         self.missing += 1
-        self.positions.pop(client, None)  # unknown whether it has applied what it was sent: it will say
+        self.positions.pop(client, None)  # it may or may not have applied the update
 
-    def _missed(self, client: int) -> list[Message]:
-        """The update that a client has missed; nothing where its position is unknown."""
+    def _missed_update(self, client: int) -> list[Message]:
+        """Return the update that a client has missed; [] if there is none, or its position is unknown."""
         if client not in self.positions:
             return []
         round, epoch = self.positions[client]
-        news = self.server.welcome(Hello(client=client, round=round, epoch=epoch), from_client=False)
-        return [] if news is None else [news]
+        update = self.server.welcome(Hello(client=client, round=round, epoch=epoch), from_client=False)
+        return [] if update is None else [update]
 
     def _deadline_at(self, share: float = 1.0) -> float | None:
         return None if self.deadline is None else time.monotonic() + share * self.deadline
 
 
-def _position_after(news: Message) -> tuple[int, int]:
-    """(rounds, epoch) of a client once it has applied an update."""
-    match news:
+def _position_after(update: Message) -> tuple[int, int]:
+    """Return the position, (rounds, epoch), of a client that has applied an update."""
+    match update:
         case Records():
-            return news.round + len(news.coefficients), news.epoch
+            return update.round + len(update.coefficients), update.epoch
         case PoolMoves():
-            return int(news.until[0]), news.epoch
+            return int(update.until[0]), update.epoch
         case _:
-            return news.round, news.epoch
+            return update.round, update.epoch

@@ -1,4 +1,4 @@
-"""What the pages of runs and of studies share: HTML that needs no other file, its tables, its images."""
+"""Self-contained HTML pages, with tables and images, for reports of runs and studies."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: 13px; }
 
 
 def document(title: str, parts: Sequence[str]) -> str:
-    """A page. title: text; parts: HTML, one after another."""
+    """Return a page. title: text; parts: HTML, one after another."""
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
     head += '<meta name="viewport" content="width=device-width">'
     body = "\n".join((f"<h1>{escape(title)}</h1>", *parts))
@@ -33,18 +33,18 @@ def document(title: str, parts: Sequence[str]) -> str:
 
 
 def html_table(head: Sequence[str], rows: Sequence[Sequence[str]], classes: Sequence[str] = ()) -> str:
-    """A table; cells are text."""
+    """Return a table. head, rows: cells as text; classes: of the rows."""
     lines = ["<tr>" + "".join(f"<th>{escape(h)}</th>" for h in head) + "</tr>"]
     for number, row in enumerate(rows):
         kind = f' class="{classes[number]}"' if classes and classes[number] else ""
-        failed = [n > 0 and cell.startswith("failed") for n, cell in enumerate(row)]  # the first one is a name
+        failed = [n > 0 and cell.startswith("failed") for n, cell in enumerate(row)]  # the first cell is a name
         cells = "".join(f"<td{' class=failed' * f}>{escape(c)}</td>" for f, c in zip(failed, row, strict=True))
         lines.append(f"<tr{kind}>{cells}</tr>")
     return '<div class="scroll"><table>\n' + "\n".join(lines) + "\n</table></div>"
 
 
 def html_image(path: Path, caption: str) -> str:
-    """A PNG, held by the page itself, and the text under it."""
+    """Return a PNG, embedded in the page, with a caption."""
     data = base64.b64encode(path.read_bytes()).decode()
     return (
         f'<figure><img alt="{escape(path.stem)}" src="data:image/png;base64,{data}">'

@@ -1,4 +1,4 @@
-"""A run's results: metrics.jsonl as it goes on, summary.json and curves.png at the end."""
+"""A run's results: metrics.jsonl during the run, summary.json and curves.png at its end."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The model after so many rounds, on the data that `evaluate_on` names.
+    """An evaluation of the model, on the data that `evaluate_on` names.
 
     Attributes:
-        round: how many rounds were done.
+        round: the number of rounds done.
         accuracy: the first of the task's scores, whatever it is: F1 for squad.
-        scores: all of them, by name.
-        loss: the task's, mean over these data.
-        training_loss: of the last round, mean of its clients; NaN before the first.
+        scores: all scores, by name.
+        loss: the mean loss over these data.
+        training_loss: of the last round, the mean over its clients; NaN before the first.
         bytes: sent so far, between the server and all clients.
         moved: the same by category, such as "cut up".
         seconds: of the run so far.
@@ -66,12 +66,13 @@ class Evaluation:
     def of(
         cls, round: int, scores: dict[str, float], loss: float, training: float, moved: dict[str, int], seconds: float
     ) -> Evaluation:
+        """Make an evaluation from a task's scores and the bytes by category."""
         first = next(iter(scores.values()))
         return cls(round, first, loss, training, sum(moved.values()), moved, seconds, scores)
 
     @classmethod
     def read(cls, line: str) -> tuple[Evaluation, str]:
-        """A line of metrics.jsonl: the evaluation, and whose it is. Raises ValueError or TypeError for what is none."""
+        """Parse a line of metrics.jsonl: (evaluation, its run's mark). Raises ValueError or TypeError."""
         values: dict[str, Any] = dict(json.loads(line))
         run = str(values.pop("run", ""))
         values |= {name: math.nan for name, value in values.items() if value is None}
@@ -85,20 +86,20 @@ class Summary:
     Attributes:
         config: the settings.
         accuracy, scores, loss: of the last `Evaluation`.
-        rounds: how many were done.
+        rounds: the number of rounds done.
         interrupted: whether Ctrl-C ended the run before its last round.
-        failure: why it ended early by itself, as where it diverged; None: it did not.
-        refused: the reasons for which clients' messages were refused, at most 100.
-        replicas: whether all clients hold the same bits at the end: `equal`; `digest`, the server's SHA-256; `clients`,
-            how many were compared, with a newcomer; `odd`, who gave another digest. None: nothing was compared.
-        provenance: what the run was made of: settings, and digests of data, model and log.
+        failure: why the run ended early by itself, such as by divergence; None: it did not.
+        refused: the reasons for which messages were refused, at most 100.
+        replicas: whether all clients hold the same bits at the end: `equal`; `digest`, a newcomer's SHA-256; `clients`,
+            the number compared, with the newcomer; `odd`, those with another digest. None: nothing was compared.
+        provenance: the settings, and digests of data, model and log.
         bytes: sent in the whole run, by category.
         bytes_per_client_round: the same divided by how often clients took part.
         passes: samples that went forward and backward through the halves in the whole run, without evaluations, such as
             "client forward"; a pass in forward mode counts as one.
         passes_per_client_round: the same divided by how often clients took part.
         seconds: of the run.
-        forward_seconds, answer_seconds: mean over clients and rounds: of the forward pass that makes the cut, and of
+        forward_seconds, answer_seconds: means over clients and rounds: of the forward pass that makes the cut, and of
             probing (P passes) or backpropagation.
         peak_memory: bytes, of the process ("resident"), and on CUDA of its allocator ("cuda").
         machine: processor and versions.
@@ -143,6 +144,7 @@ class Summary:
         failure: str | None,
         lower_is_better: list[str],
     ) -> Summary:
+        """Make the summary of a run. last: its last evaluation; visits: how many times a client took part."""
         timed = max(1, sum(c.seconds.rounds for c in clients))
         return cls(
             config=asdict(config),
@@ -169,7 +171,7 @@ class Summary:
 
 
 def peak_memory() -> dict[str, int]:
-    """Peak bytes of this process so far, and of the CUDA allocator where there is one."""
+    """Return the peak bytes of this process so far ("resident"), and of the CUDA allocator ("cuda") if there is one."""
     peaks = {}
     try:
         import resource
@@ -184,9 +186,9 @@ def peak_memory() -> dict[str, int]:
 
 
 def processor_name(cpuinfo: str) -> str | None:
-    """The first processor of a /proc/cpuinfo: the name it gives, if any, and the numbers that say which one it is.
+    """Return the name of the first processor in a /proc/cpuinfo, if it has one, and the numbers that identify it.
 
-    A virtual machine's name may be "AMD EPYC" and no more, and on Arm there is none.
+    A virtual machine's name may be only "AMD EPYC", and on Arm there is none.
     """
     lines = (line.partition(":") for line in cpuinfo.partition("\n\n")[0].splitlines())
     fields = {key.strip(): value.strip() for key, _, value in lines}
@@ -206,9 +208,9 @@ def processor_name(cpuinfo: str) -> str | None:
 
 
 def machine() -> dict[str, Any]:
-    """What a number was measured on, for every results file.
+    """Describe this machine and its versions, for every results file.
 
-    processor: see `processor_name`. instruction_sets: what the C++ kernels use, and what torch's do. memory: bytes.
+    processor: see `processor_name`. instruction_sets: those of the C++ kernels and of torch's. memory: bytes.
     """
 
     def installed(package: str) -> str | None:
@@ -219,11 +221,11 @@ def machine() -> dict[str, Any]:
 
     cpuinfo = Path("/proc/cpuinfo")
     processor = processor_name(cpuinfo.read_text()) if cpuinfo.exists() else None
-    found = backends()
+    available = backends()
     return {
         "processor": processor or platform.processor() or platform.machine(),
         "instruction_sets": {
-            "hosfl": (found["cpp"] or "").partition(" ")[0],
+            "hosfl": (available["cpp"] or "").partition(" ")[0],
             "torch": torch.backends.cpu.get_cpu_capability(),
         },
         "cores": os.cpu_count(),
@@ -232,7 +234,7 @@ def machine() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "backends": found,
+        "backends": available,
         **{name: installed(name) for name in ("hosfl", "torch", "triton", "numpy")},
     }
 
@@ -242,23 +244,24 @@ class Writer:
 
     A new run calls `claim_folder`, then `start`; a resumed one `resume`, then `reopen_metrics`.
 
-    tensorboard: write TensorBoard's event files too. Raises ImportError where matplotlib or TensorBoard is missing.
+    tensorboard: whether to write TensorBoard's event files too. Raises ImportError if matplotlib or TensorBoard is
+    missing.
     """
 
     def __init__(self, folder: Path | None, tensorboard: bool = False) -> None:
         if folder is not None:
-            require("matplotlib.figure", "a run's folder")  # for its curves: known now, not after the last round
+            require("matplotlib.figure", "a run's folder")  # needed for the curves: fail now, not after the last round
         if tensorboard:
             summary_writer()
         self.folder, self.tensorboard = folder, tensorboard
         self.board: TensorBoardWriter | None = None
         self.metrics: TextIO | None = None
         self.lock: FolderLock | None = None
-        self.claimed = False  # whether this run made the folder's files, so that `clear` may remove them
+        self.claimed = False  # whether `clear` may remove the folder's files, since this run has made them
         self.run = ""  # the digest that marks this run's lines in metrics.jsonl
 
     def claim_folder(self) -> None:
-        """Make and lock the folder. Raises FileExistsError for a folder with a run, RunFolderError if it is locked."""
+        """Make and lock the folder. Raises FileExistsError if it holds a run, RunFolderError if it is locked."""
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -272,50 +275,50 @@ class Writer:
             return
         self.run = provenance.digest[:16]
         write_json(self.folder / "provenance.json", asdict(provenance))
-        save_config(config, self.folder)  # from here on there is a run to resume
+        save_config(config, self.folder)  # from now on the run can be resumed
         self.metrics = (self.folder / "metrics.jsonl").open("w")
         self._open_board(0)
 
     def resume(self, config: Settings, provenance: Provenance) -> None:
         """Lock the folder of a run that is resumed.
 
-        Raises ProvenanceError where the run was made of other data, model or settings, RunFolderError for a locked one.
+        Raises ProvenanceError if the run was made of other data, model or settings, RunFolderError if it is locked.
         """
         assert self.folder is not None
         self.lock = FolderLock(self.folder)
         path = self.folder / "provenance.json"
         try:
-            found = json.loads(read_small(path))
+            saved = json.loads(read_small(path))
         except FileNotFoundError:
             raise ProvenanceError(f"{path} is not there, which says what the run was made of: start it anew") from None
         except (ValueError, RecursionError) as error:
             raise ProvenanceError(f"{path} is damaged: {error}") from None
-        provenance.check(found, path)
+        provenance.check(saved, path)
         save_config(config, self.folder)
         self.run = provenance.digest[:16]
 
     def reopen_metrics(self, round: int) -> list[Evaluation]:
-        """Open a resumed run's metrics.jsonl for more lines; returns its evaluations up to `round`, drops later ones.
+        """Open a resumed run's metrics.jsonl to append to. Returns its evaluations up to `round`, and drops later ones.
 
         Raises ProvenanceError for evaluations of another run.
         """
         if self.folder is None:
             return []
         path = self.folder / "metrics.jsonl"
-        kept = self.evaluations(round)
-        write_atomically(path, "".join(map(self._line, kept)).encode())
+        evaluations = self.evaluations(round)
+        write_atomically(path, "".join(map(self._line, evaluations)).encode())
         self.metrics = path.open("a")
         self._open_board(round + 1)
-        return kept
+        return evaluations
 
     def _open_board(self, first: int) -> None:
         if self.tensorboard and self.folder is not None:
             self.board = TensorBoardWriter(self.folder, first)
 
     def evaluations(self, round: int) -> list[Evaluation]:
-        """The evaluations in metrics.jsonl up to `round`, or up to the first line that is damaged."""
+        """Read the evaluations in metrics.jsonl up to `round`, or up to the first damaged line."""
         assert self.folder is not None
-        path, kept = self.folder / "metrics.jsonl", []
+        path, evaluations = self.folder / "metrics.jsonl", []
         lines = read_small(path).decode(errors="replace").split("\n") if path.exists() else []
         for line in lines:
             try:
@@ -326,8 +329,8 @@ class Writer:
                 raise ProvenanceError(f"{path} has evaluations of another run: put its own back, or remove it")
             if evaluation.round > round:
                 break
-            kept.append(evaluation)
-        return kept
+            evaluations.append(evaluation)
+        return evaluations
 
     def _line(self, evaluation: Evaluation) -> str:
         return json.dumps(finite({**asdict(evaluation), "run": self.run}), allow_nan=False) + "\n"
@@ -355,11 +358,11 @@ class Writer:
         title = f"{summary.config['method']} on {summary.config['task']}, seed {summary.config['seed']}"
         evaluations = self.evaluations(summary.rounds)
         plot_curves({summary.config["method"]: [evaluations]}, self.folder / "curves.png", title)
-        # Last: where there is a summary, all the rest is there.
+        # Last, so that a folder with a summary has all the other files too.
         write_json(self.folder / "summary.json", asdict(summary))
 
     def clear(self) -> None:
-        """Remove what this run has written, so that the folder is free again after a start that failed."""
+        """Remove the files of a run that could not start, so that the folder is free again."""
         if self.folder is None or not self.claimed:
             return
         for name in (*RUN_FILES, "provenance.json", "id.json", "base.safetensors", "status.json", "lock"):
@@ -376,22 +379,25 @@ class Writer:
                 file.close()
 
 
-LOWER_IS_BETTER = ("perplexity",)  # also in results of older versions, in which tasks did not say so
+LOWER_IS_BETTER = ("perplexity",)  # for results of earlier versions, which do not record it
 
 
 def metric(scores: Mapping[str, float]) -> str:
-    """The name of the score that is shown as the accuracy."""
+    """Return the name of the first score, which is shown as the accuracy."""
     return next(iter(scores), "accuracy")
 
 
-def gap_recovered(reached: float, frozen: float, first_order: float) -> float | None:
-    """(reached - frozen) / (first_order - frozen): 0 is the frozen client's, 1 the first-order one's. None where these
-    are equal."""
-    return (reached - frozen) / (first_order - frozen) if first_order != frozen else None
+def gap_recovered(value: float, frozen: float, first_order: float) -> float | None:
+    """Return the share of the gap between the controls that a value recovers.
+
+    It is (value - frozen) / (first_order - frozen): 0 for the frozen client, 1 for the first-order one; None if these
+    are equal.
+    """
+    return (value - frozen) / (first_order - frozen) if first_order != frozen else None
 
 
 def plot_curves(runs: dict[str, list[Sequence[Evaluation]]], path: Path, title: str) -> None:
-    """Loss and accuracy against rounds, one line per method: the mean over seeds, and the band from worst to best."""
+    """Plot loss and accuracy by round, a line per method: the mean over seeds, and a band from worst to best."""
     figure: Figure = require("matplotlib.figure", path.name).Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.subplots(1, 2)
     lines = {}
@@ -415,12 +421,12 @@ def plot_curves(runs: dict[str, list[Sequence[Evaluation]]], path: Path, title: 
 
 
 def logarithmic(axis: Axes) -> None:
-    """A logarithmic y axis, on which 0.6 is "0.6" rather than a power of ten."""
+    """Make the y axis logarithmic, with labels such as "0.6" instead of powers of ten."""
     from matplotlib.ticker import LogFormatter
 
     class Plain(LogFormatter):
         def __call__(self, x: float, pos: int | None = None) -> str:
-            return f"{x:g}" if super().__call__(x, pos) else ""  # which says where there is room for a label
+            return f"{x:g}" if super().__call__(x, pos) else ""  # "" where there is no room for a label
 
     axis.set_yscale("log")
     axis.yaxis.set_major_formatter(Plain())
@@ -428,14 +434,14 @@ def logarithmic(axis: Axes) -> None:
 
 
 def name_lines(names: Iterable[str], legend: Legend) -> None:
-    """Give a legend's lines these names as they are: "$" begins no formula, a leading "_" hides nothing."""
+    """Label a legend's lines with literal names: "$" begins no formula, and a leading "_" hides no line."""
     for text, name in zip(legend.get_texts(), names, strict=True):
         text.set_parse_math(False)
         text.set_text(fill(name, 40))
 
 
 def save_figure(figure: Figure, path: Path, dpi: int) -> None:
-    """Write a figure as PNG, all of it or nothing. Characters that no font has are drawn as boxes, without warnings."""
+    """Write a figure as PNG, atomically. Characters that no font has are drawn as boxes, without warnings."""
     png = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from|Matplotlib currently does not support", UserWarning)

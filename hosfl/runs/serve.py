@@ -1,7 +1,7 @@
-"""A run whose clients are on other machines: the files they fetch, and the files that say how the run goes.
+"""A run whose clients are on other machines: the files that they fetch, and two files about the run's progress.
 
-status.json    the run's state now: who is connected, round, loss, bytes, what was refused
-events.jsonl   a line per round: who was asked, who took part, who did not and why, seconds by phase, bytes
+status.json    the current state: connected clients, round, loss, bytes, refusals
+events.jsonl   a line per round: which clients were asked, took part, or did not and why; seconds by phase, bytes
 """
 
 from __future__ import annotations
@@ -32,13 +32,20 @@ from hosfl.methods.ho import ZerothOrderClient
 from hosfl.methods.ledger import SeedReplay
 from hosfl.protocol.header import encode_header
 from hosfl.protocol.provenance import header_digest
-from hosfl.runs.checkpoint import header_of, module_bytes
+from hosfl.runs.checkpoint import make_header, module_bytes
 
 if TYPE_CHECKING:
     from hosfl.runs.federation import Federation
 
-LONGEST_DEADLINE = 7 * 24 * 3600  # seconds: platforms wait for some weeks at most, and not for infinity
-LOCAL = ("data", "model", "device", "evaluate_every", "snapshot_every", "keep")  # settings of one machine
+LONGEST_DEADLINE = 7 * 24 * 3600  # seconds; platforms limit the time of a wait to some weeks
+LOCAL = (
+    "data",
+    "model",
+    "device",
+    "evaluate_every",
+    "snapshot_every",
+    "keep",
+)  # settings that each machine has its own of
 
 
 @dataclass(frozen=True)
@@ -48,16 +55,16 @@ class Transport:
     Args:
         engine: carries the messages; or a function that makes it from the files that clients may fetch, by name, and
             the number of clients.
-        deadline: seconds for each of a round's two exchanges, and for running statistics before the first; None: no
-            limit.
-        enough: cuts, and answers, with which a round goes on without the remaining clients; None: all.
-        least: clients that must be connected before a round begins.
+        deadline: seconds for each of a round's two exchanges, and for running statistics before the first round; None:
+            no limit.
+        enough: the number of cuts, and of answers, with which a round goes on without the remaining clients; None: all.
+        least: the number of clients that must be connected before a round begins.
         patient: whether a round in which no cut could be learnt from is tried again after a pause, possibly with other
             clients. False: it counts, as in one process.
         edge: whether clients without torch may take part too.
 
     Raises:
-        ValueError: a number out of range.
+        ValueError: a number is out of range.
     """
 
     engine: Engine | Callable[[dict[str, bytes], int], Engine]
@@ -77,18 +84,18 @@ class Transport:
                 raise ValueError(f"{name} must be at least 1, got {value}")
 
     def check(self, clients: int) -> None:
-        """Raises ValueError where `enough` or `least` is more than the number of clients."""
+        """Raises ValueError if `enough` or `least` is greater than the number of clients."""
         for name in ("enough", "least"):
             if (value := getattr(self, name)) is not None and value > clients:
                 raise ValueError(f"{name} must be at most {clients}, the clients that may be here, got {value}")
 
     def connect(self, federation: Federation) -> None:
-        """Send the federation's messages through the engine, and offer clients the files that they begin with.
+        """Make the federation use the engine, and offer clients the files that they need to join.
 
-        Raises ValueError as `check` does, and for a run that clients without torch cannot take part in.
+        Raises ValueError as `check` does, and if `edge` is set for a run in which such clients cannot take part.
         """
         self.check(federation.config.clients)
-        files = offered(federation, self.edge)
+        files = offered_files(federation, self.edge)
         engine = self.engine(files, federation.config.clients) if callable(self.engine) else self.engine
         engine.limit(federation.server.largest_message)
         engine.offer(files)
@@ -96,15 +103,15 @@ class Transport:
         federation.enough, federation.least = self.enough, self.least
 
 
-def offered(federation: Federation, edge: bool = False) -> dict[str, bytes]:
-    """The files that a client fetches when it first joins: the run, as JSON, and the base half, as safetensors.
+def offered_files(federation: Federation, edge: bool = False) -> dict[str, bytes]:
+    """Return the files that a client fetches to join: "run", as JSON, and "base", the base half, as safetensors.
 
-    edge: add what clients without torch need. Raises ValueError for a run in which they cannot take part.
+    edge: add the files that clients without torch need. Raises ValueError for a run in which they cannot take part.
 
-    In the run, "cut" is the shape of one sample's cut; of texts, of the longest that the server accepts. "labels"
-    describes the labels that it accepts. "measures": see `Measures`; null where the method has no log.
+    In the run, "cut" is the shape of one sample's cut; for texts, that of the longest that the server accepts. "labels"
+    describes the labels that it accepts. "measures": see `Measures`; null if the method has no log.
 
-    Running statistics that clients estimate are in neither: a client gets them when it takes part.
+    Running statistics that clients estimate are in neither file: a client gets them when it takes part.
     """
     half = calibration.initial_half(federation.base, federation.server.statistics)
     base = module_bytes(half)
@@ -113,7 +120,7 @@ def offered(federation: Federation, edge: bool = False) -> dict[str, bytes]:
     log, measures = "", None
     if isinstance(ledger, SeedReplay):
         measures = asdict(ledger.run.measures)
-        log = header_digest(header_of(ledger.run, half, config.decisive()))
+        log = header_digest(make_header(ledger.run, half, config.decisive()))
     settings = {name: value for name, value in asdict(config).items() if name not in LOCAL}
     run = {
         "format": FORMAT,
@@ -136,33 +143,33 @@ def offered(federation: Federation, edge: bool = False) -> dict[str, bytes]:
 
 
 def _edge_files(federation: Federation, half: nn.Module) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """The files for clients without torch, by name, and what the run says of them."""
+    """Return the files for clients without torch, by name, and the run's field "edge", which describes them."""
     edge = require("hosfl.edge.join", "a server of clients without torch", "export")
     export_half = require("hosfl.edge.export", "a server of clients without torch", "export").export_half
-    if why := edge.unsupported_reason(federation.config):
-        raise ValueError(why)
-    client, gradient = federation.make(0), None
+    if reason := edge.unsupported_reason(federation.config):
+        raise ValueError(reason)
+    client, gradient = federation.make_client(0), None
     assert isinstance(federation.server.ledger, SeedReplay)
     assert isinstance(client, ZerothOrderClient)
-    header = encode_header(header_of(federation.server.ledger.run, half, federation.config.decisive()))
+    header = encode_header(make_header(federation.server.ledger.run, half, federation.config.decisive()))
     sample, entries = client.batch(0)[0], [begin.entry for begin in client.begins]
     if federation.config.device != "cpu":
         half, sample = copy.deepcopy(half).cpu(), tree_map_only(Tensor, Tensor.cpu, sample)
-    most = federation.config.batch, federation.server.cuts.shape[0] if federation.server.cuts.masked else 0
+    limits = federation.config.batch, federation.server.cuts.shape[0] if federation.server.cuts.masked else 0
     backward = federation.config.estimator == "backward"
     running = list(calibration.running(half)) if federation.config.calibrate else []
-    pieces = export_half(half, sample, entries, most, backward, running)
+    pieces = export_half(half, sample, entries, limits, backward, running)
     files = {edge.graph_name(number): data for number, data in enumerate(pieces)}
     description: dict[str, Any] = {"graphs": [_sha256(data) for data in files.values()], "header": _sha256(header)}
     files[edge.HEADER] = header
     if backward:
         exporter = require("hosfl.edge.backward", "a server of clients without torch", "export")
-        files[edge.GRADIENT] = gradient = exporter.export_gradient(half, sample, entries[0], most, running)
+        files[edge.GRADIENT] = gradient = exporter.export_gradient(half, sample, entries[0], limits, running)
     description |= {"gradient": None if gradient is None else _sha256(gradient), "digest": list(digested_tensors(half))}
     description |= {"running": running, "statistics": None}
     if running:
         by_batch = require("hosfl.edge.by_batch", "a server of clients without torch", "export")
-        files[edge.STATISTICS] = statistics = by_batch.export_statistics(half, sample, most)
+        files[edge.STATISTICS] = statistics = by_batch.export_statistics(half, sample, limits)
         description["statistics"] = _sha256(statistics)
     return files, description
 
@@ -172,46 +179,50 @@ def _sha256(data: bytes) -> str:
 
 
 class Events:
-    """Writes a run's status.json, for `hosfl status`, and events.jsonl."""
+    """Writes a run's events.jsonl, and its status.json for `hosfl status`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self._begin = folder, time.time()
-        self._written = -math.inf  # when status.json was, by time.monotonic()
-        self._waiting = -1  # the last round for which a warning said that it waits
+        self._status_written_at = -math.inf  # by time.monotonic()
+        self._waiting_round = -1  # the last round for which a warning about waiting was logged
 
     def round(self, federation: Federation, done: int, loss: float) -> None:
-        """Write a round that is over."""
+        """Write a finished round."""
         event = {
             "time": round(time.time(), 3),
             "round": done,
             "loss": loss,
             "asked": federation.asked,
             "took part": federation.took_part,
-            "missing": {str(client): why for client, why in sorted(federation.messenger.failures.items())},
-            "seconds": {phase: round(spent, 4) for phase, spent in federation.seconds.items()},
+            "missing": {str(client): reason for client, reason in sorted(federation.messenger.failures.items())},
+            "seconds": {phase: round(seconds, 4) for phase, seconds in federation.seconds.items()},
             "bytes": sum(federation.messenger.wire.bytes.values()),
             "refused": federation.server.refused.total,
             "complaints": federation.messenger.complaints.total,
         }
         _add_line(self.folder / "events.jsonl", json.dumps(finite(event)).encode())
-        self._status(federation, done, event, due=done == federation.config.rounds)
+        self._write_status(federation, done, event, due=done == federation.config.rounds)
 
     def waiting(self, federation: Federation, done: int) -> None:
-        """Write that too few clients are connected for a round, or that it is going to be tried again."""
+        """Write the status of a run that waits: for clients, or for the next try of a round."""
         event: dict[str, Any] = {"waiting for": federation.least}
-        if federation.tried:
-            why = {str(client): federation.messenger.failures.get(client, "left out") for client in federation.asked}
-            event |= {"tried": federation.tried, "missing": why}
-        elif self._waiting != done:
-            self._waiting, here = done, len(federation.messenger.engine.present())
-            logging.warning("round %d waits for clients: %d of at least %d are here", done + 1, here, federation.least)
-        self._status(federation, done, event)
+        if federation.tries:
+            failures = federation.messenger.failures
+            missing = {str(client): failures.get(client, "left out") for client in federation.asked}
+            event |= {"tried": federation.tries, "missing": missing}
+        elif self._waiting_round != done:
+            self._waiting_round, present = done, len(federation.messenger.engine.present())
+            logging.warning(
+                "round %d waits for clients: %d of at least %d are here", done + 1, present, federation.least
+            )
+        self._write_status(federation, done, event)
 
-    def _status(self, federation: Federation, done: int, event: dict[str, Any], due: bool = False) -> None:
-        now = time.monotonic()  # time.time() may be set back
-        if not due and now - self._written < 0.5:
+    def _write_status(self, federation: Federation, done: int, event: dict[str, Any], due: bool = False) -> None:
+        """Write status.json, at most every half second unless `due`."""
+        now = time.monotonic()  # not time.time(), which may be set back
+        if not due and now - self._status_written_at < 0.5:
             return
-        self._written = now
+        self._status_written_at = now
         status = {
             "round": done,
             "rounds": federation.config.rounds,
@@ -229,7 +240,7 @@ class Events:
 
 
 def _add_line(path: Path, line: bytes) -> None:
-    """Append a line to a file whose last line may be cut off, as by a kill."""
+    """Append a line to a file, after a line end if its last line is incomplete, as after a kill."""
     with naming(path), path.open("a+b") as file:
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)

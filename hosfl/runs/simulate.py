@@ -1,9 +1,9 @@
 """`hosfl simulate`: thousands of clients that drop out, stay away, answer late and lie, and a server that dies.
 
-The federation is the real one, message for message. Simulated are the network, the clock and the number of clients.
+The protocol is the real one, message for message. Only the network, the clock and the number of clients are simulated.
 A client does its own arithmetic on its own weights while it takes part. Between its rounds it keeps only a reference
-to its state: clients with equal bits (SHA-256) share one copy, so that memory grows with the distinct states and not
-with the clients. A server that dies is made anew from its log and its last snapshot. The clock is virtual: nothing
+to its state: clients with equal bits (SHA-256) share one copy, so that memory grows with the number of distinct states
+and not of clients. A server that dies is restored from its log and its last snapshot. The clock is virtual: nothing
 sleeps.
 """
 
@@ -41,15 +41,15 @@ from hosfl.runs.trainer import Progress, check_loss, interruptible, restore, sav
 from hosfl.runs.unreliable import ServerDied, UnreliableWire
 from hosfl.tasks.task import Task
 
-SMALLEST_SHARD = 32  # samples; where clients are too many for that, several share one part of the data
+SMALLEST_SHARD = 32  # samples of a part of the data; if clients are too many for that, several share one part
 
 
-Key = tuple[bytes, Lattice | None]  # the SHA-256 of a state, and the lattice of its weights
+StateKey = tuple[bytes, Lattice | None]  # the SHA-256 of a state, and the lattice of its weights
 
 
 @dataclass
 class SharedState:
-    """Weights and moments that clients with equal bits share. clients: how many are in this state."""
+    """Weights and moments that clients with equal bits share. clients: the number of clients in this state."""
 
     tensors: list[Tensor]
     moments: list[list[Tensor]]
@@ -58,21 +58,22 @@ class SharedState:
 
 @dataclass
 class SimulatedFederation(Federation):
-    """A federation whose clients exist only while they take part; between rounds their states are kept.
+    """A federation whose clients exist only while they take part; between rounds only their states are kept.
 
     Attributes:
+        faults: see `Faults`.
         states: the distinct states of clients.
         calibrated: clients that have the running statistics.
         client_states: by client, (key in `states`, rounds applied, epoch).
         away_until: by client that is away, the round in which it comes back.
-        deaths: how often the server has died.
-        peak_states: the most distinct states at once.
+        deaths: the number of the server's deaths.
+        peak_states: the largest number of distinct states at a time.
     """
 
     faults: Faults = field(default_factory=Faults)
-    states: dict[Key, SharedState] = field(default_factory=dict, init=False)
+    states: dict[StateKey, SharedState] = field(default_factory=dict, init=False)
     calibrated: set[int] = field(default_factory=set, init=False)
-    client_states: dict[int, tuple[Key, int, int]] = field(default_factory=dict, init=False)
+    client_states: dict[int, tuple[StateKey, int, int]] = field(default_factory=dict, init=False)
     away_until: dict[int, int] = field(default_factory=dict, init=False)
     deaths: int = field(default=0, init=False)
     peak_states: int = field(default=0, init=False)
@@ -86,43 +87,45 @@ class SimulatedFederation(Federation):
         self.liars = {int(c) for c in self.random.choice(self.config.clients, liars, replace=False)}
 
     def invited(self, round: int) -> list[int]:
-        """The sampled clients that are not away."""
-        here = []
+        """Sample the clients of a round, without those that are away."""
+        present = []
         for client in super().invited(round):
             if self.away_until.get(client, 0) > round:
                 continue
             if self.faults.absence and self.random.random() < self.faults.absence:
                 self.away_until[client] = round + 1 + int(self.random.integers(max(1, self.faults.longest_absence)))
                 continue
-            here.append(client)
-        self._late = self.unreliable.begin(
-            {c: 4 if c in self.messenger.positions else 6 for c in here}
-        )  # those say where they are
-        return here
+            present.append(client)
+        # Messages per client; one of unknown position first gets a request for it, and answers.
+        self._late = self.unreliable.begin({c: 4 if c in self.messenger.positions else 6 for c in present})
+        return present
 
     def late_messages(self) -> list[Message | None]:
+        """Return the messages that arrived after the deadline of the last round."""
         return [self.server.receive(data) for data in self._late]
 
     def round(self, round: int) -> float:
+        """Run a round, after which the server may die."""
         loss = super().round(round)
         self.unreliable.maybe_die()
         return loss
 
     def restart(self, folder: Path) -> int:
-        """Make a new server from the files of the dead one in `folder`; returns its round. The clients live on."""
+        """Replace the dead server by one restored from its files in `folder`. Returns its round. Clients live on."""
         self.deaths += 1
         self.close_log()
-        again, _ = assemble(self.config, SMALLEST_SHARD, resumed=folder)
-        again.open_log(folder)
-        done = restore(again, folder)
-        before, self.server, self.observed = self.server, again.server, again.observed
-        self.messenger.server, self.messenger.positions = again.server, {}
-        # The simulation's counts, which do not die with a server.
-        self.server.refused, self.server.differed = before.refused, before.differed
+        restored, _ = assemble(self.config, SMALLEST_SHARD, resumed=folder)
+        restored.open_log(folder)
+        done = restore(restored, folder)
+        dead, self.server, self.observed = self.server, restored.server, restored.observed
+        self.messenger.server, self.messenger.positions = restored.server, {}
+        # These counts are the simulation's, and go on.
+        self.server.refused, self.server.differed = dead.refused, dead.differed
         return done
 
     def load_client(self, number: int) -> Client:
-        client = self.make(number)
+        """Make a client, a Byzantine one if it is a liar, in the state in which it last took part."""
+        client = self.make_client(number)
         if number in self.liars and isinstance(client, ZerothOrderClient):
             client = ByzantineClient.of(
                 client,
@@ -141,6 +144,7 @@ class SimulatedFederation(Federation):
         return client
 
     def store_client(self, client: Client) -> None:
+        """Keep a client's state, shared with clients in the same state."""
         assert isinstance(client, ZerothOrderClient)
         if client.calibrated:
             self.calibrated.add(client.number)
@@ -155,7 +159,8 @@ class SimulatedFederation(Federation):
         self.client_states[client.number] = key, replica.applied, replica.epoch
         self.peak_states = max(self.peak_states, len(self.states))
 
-    def _release_state(self, key: Key) -> None:
+    def _release_state(self, key: StateKey) -> None:
+        """Count a client less in a state, and drop the state if it was the last one."""
         self.states[key].clients -= 1
         if not self.states[key].clients:
             del self.states[key]
@@ -166,23 +171,23 @@ class Outcome:
     """A simulation's results.
 
     Attributes:
-        rounds: how many were done.
+        rounds: the number of rounds done.
         accuracy, loss: at the end, on the data named by config.evaluate_on.
-        evaluations: of rounds that were not void later.
+        evaluations: without those of rounds that became void.
         interrupted: whether Ctrl-C ended it.
         failure: why it ended early, if it diverged.
         clients: their number.
         equal: whether all clients and a newcomer held the same bits after catching up at the end.
         digest, log_digest: SHA-256 of the client half; the log's running digest.
-        states: the most distinct states of clients at once.
+        states: the largest number of distinct states of clients at a time.
         visits: how many times a client took part.
-        empty: committed rounds that nobody answered.
+        empty: the number of committed rounds that nobody answered.
         lost, late, damaged: numbers of messages. Those of clients that vanished count as lost.
-        refusals, complaints: messages that the server refused, and that clients refused.
-        reasons: of the first of these refusals.
+        refusals, complaints: numbers of messages that the server refused, and that clients refused.
+        reasons: of the first refusals and complaints.
         differed: how often a client found its half wrong.
-        deaths: of the server.
-        void: rounds that were run again because of deaths.
+        deaths: the number of the server's deaths.
+        void: the number of rounds that were run again because of deaths.
         bytes: by category.
         seconds: of the simulation.
         peak_memory: bytes.
@@ -227,17 +232,17 @@ def simulate(
     progress: Progress | None = None,
     transport: Transport | None = None,
 ) -> Outcome:
-    """Run HO-SFL under faults; returns the outcome. Running statistics are estimated before these begin.
+    """Run HO-SFL under faults, and return the outcome. Running statistics are estimated without faults.
 
-    transport: how clients in other processes are reached; the faults happen on the way to them. Such clients cannot
+    transport: reaches clients in other processes; the faults happen to the messages on their way. Such clients cannot
     lie, and their distinct states are not counted.
 
     With `out`, writes hosfl.log and base.safetensors there, from which `hosfl rebuild` makes the weights; snapshots, if
     the server may die; and at the end simulation.json, the outcome. The first Ctrl-C ends it after the current round.
 
-    Raises ValueError for another method than "ho", for a server that dies too often to get anywhere and for liars in
-    other processes, FileExistsError if `out` holds another run, LatticeError or Diverged when the run diverges (the
-    outcome until then is written).
+    Raises ValueError for another method than "ho", for a server that dies too often to make progress, and for liars in
+    other processes; FileExistsError if `out` holds another run; LatticeError or Diverged if the run diverges, after the
+    outcome until then is written.
     """
     if config.method != "ho":
         raise ValueError(f"a simulation is of HO-SFL, method ho, not {config.method}")
@@ -260,35 +265,35 @@ def _simulate(
     config: Config, faults: Faults, folder: Path, progress: Progress | None, transport: Transport | None
 ) -> Outcome:
     begin = time.perf_counter()
-    plain, task = assemble(config, SMALLEST_SHARD)
+    assembled, task = assemble(config, SMALLEST_SHARD)
     if config.calibrate:
-        plain.calibrate()
+        assembled.calibrate()
     if task.classes is None and faults.byzantine and any(FALSIFIERS[lie][0] == "labels" for lie in faults.lie_names):
         raise ValueError("labels that are no classes cannot be lied about: choose other lies")
-    crowd = SimulatedFederation(
-        plain.config,
-        plain.server,
-        plain.make,
-        plain.base,
-        plain.observed,
-        header=plain.header,
-        provenance=plain.provenance,
+    federation = SimulatedFederation(
+        assembled.config,
+        assembled.server,
+        assembled.make_client,
+        assembled.base,
+        assembled.observed,
+        header=assembled.header,
+        provenance=assembled.provenance,
         faults=faults,
     )
-    # Of the calibration, which is over before faults begin.
-    crowd.messenger.wire.bytes.update(plain.messenger.wire.bytes)
-    crowd.messenger.complaints = plain.messenger.complaints
+    # The calibration, which had no faults, counts as well.
+    federation.messenger.wire.bytes.update(assembled.messenger.wire.bytes)
+    federation.messenger.complaints = assembled.messenger.complaints
     folder.mkdir(parents=True, exist_ok=True)
     lock = FolderLock(folder)
     try:
         if transport is not None:
-            transport.connect(crowd)
-        crowd.open_log(folder)
-        save_module(crowd.base, folder / "base.safetensors")
-        done, evaluations, failure = _run(crowd, task, folder, begin, progress)
-        outcome = _outcome(crowd, done, evaluations, failure, begin)
+            transport.connect(federation)
+        federation.open_log(folder)
+        save_module(federation.base, folder / "base.safetensors")
+        done, evaluations, failure = _run(federation, task, folder, begin, progress)
+        outcome = _outcome(federation, done, evaluations, failure, begin)
     finally:
-        crowd.close()
+        federation.close()
         lock.close()
     write_json(folder / "simulation.json", asdict(outcome))
     if failure is not None:
@@ -297,56 +302,56 @@ def _simulate(
 
 
 def _run(
-    crowd: SimulatedFederation, task: Task, folder: Path, begin: float, progress: Progress | None
+    federation: SimulatedFederation, task: Task, folder: Path, begin: float, progress: Progress | None
 ) -> tuple[int, list[Evaluation], LatticeError | Diverged | None]:
-    """Run all rounds. Returns how many are done, the evaluations, and the error that ended them early."""
-    config = crowd.config
+    """Run all rounds. Returns (rounds done, evaluations, the error that ended them early or None)."""
+    config = federation.config
     data = task.data(config.evaluate_on).to(config.device)
     done, loss, evaluations = 0, float("nan"), list[Evaluation]()
 
-    def evaluation() -> Evaluation:
-        scores, found = evaluate(crowd.model(), data, task)
-        moved = dict(crowd.messenger.wire.bytes)
-        evaluations.append(Evaluation.of(done, scores, found, loss, moved, time.perf_counter() - begin))
+    def add_evaluation() -> Evaluation:
+        scores, mean_loss = evaluate(federation.model(), data, task)
+        moved = dict(federation.messenger.wire.bytes)
+        evaluations.append(Evaluation.of(done, scores, mean_loss, loss, moved, time.perf_counter() - begin))
         return evaluations[-1]
 
     with interruptible() as interrupted:
-        evaluation()
+        add_evaluation()
         while done < config.rounds and not interrupted.is_set():
             try:
-                loss = crowd.round(done)
+                loss = federation.round(done)
                 done += 1
                 due = done % config.evaluate_every == 0 or done == config.rounds
-                new = evaluation() if due else None
+                new = add_evaluation() if due else None
                 if new is not None:
                     check_loss(new.loss, done)
             except ServerDied:
-                done = crowd.restart(folder)
+                done = federation.restart(folder)
                 evaluations[:] = [e for e in evaluations if e.round <= done]
                 continue
             except (LatticeError, Diverged) as error:
                 return done, evaluations, error
-            if crowd.faults.crash_every and done % config.snapshot_every == 0:
-                save_snapshot(crowd, folder, done)
+            if federation.faults.crash_every and done % config.snapshot_every == 0:
+                save_snapshot(federation, folder, done)
             if progress is not None:
-                progress(done, loss, new, sum(crowd.messenger.wire.bytes.values()))
+                progress(done, loss, new, sum(federation.messenger.wire.bytes.values()))
         if evaluations[-1].round != done:
-            evaluation()
+            add_evaluation()
     return done, evaluations, None
 
 
 def _outcome(
-    crowd: SimulatedFederation,
+    federation: SimulatedFederation,
     done: int,
     evaluations: list[Evaluation],
     failure: LatticeError | Diverged | None,
     begin: float,
 ) -> Outcome:
-    config, server, ledger = crowd.config, crowd.server, crowd.server.ledger
+    config, server, ledger = federation.config, federation.server, federation.server.ledger
     assert isinstance(ledger, SeedReplay)
     assert ledger.log is not None
-    assert crowd.provenance is not None
-    together = crowd.replicas()
+    assert federation.provenance is not None
+    replicas = federation.compare_replicas()
     return Outcome(
         rounds=done,
         accuracy=evaluations[-1].accuracy,
@@ -355,26 +360,26 @@ def _outcome(
         interrupted=done < config.rounds and failure is None,
         failure=None if failure is None else str(failure),
         clients=config.clients,
-        equal=together.equal,
-        digest=together.digest,
+        equal=replicas.equal,
+        digest=replicas.digest,
         log_digest=ledger.log.digest,
-        states=crowd.peak_states,
-        visits=crowd.visits,
+        states=federation.peak_states,
+        visits=federation.visits,
         empty=sum(not record.participants for record in ledger.records),
-        lost=crowd.unreliable.lost,
-        late=crowd.unreliable.overdue,
-        damaged=crowd.unreliable.damaged,
+        lost=federation.unreliable.lost,
+        late=federation.unreliable.overdue,
+        damaged=federation.unreliable.damaged,
         refusals=server.refused.total,
-        complaints=crowd.messenger.complaints.total,
-        reasons=[*server.refused[:50], *crowd.messenger.complaints[:50]],
+        complaints=federation.messenger.complaints.total,
+        reasons=[*server.refused[:50], *federation.messenger.complaints[:50]],
         differed=server.differed.total,
-        deaths=crowd.deaths,
+        deaths=federation.deaths,
         void=sum(isinstance(record, RoundRecord) for record in ledger.log.records) - done,
-        bytes=dict(crowd.messenger.wire.bytes),
+        bytes=dict(federation.messenger.wire.bytes),
         seconds=time.perf_counter() - begin,
         peak_memory=peak_memory(),
         config=asdict(config),
-        provenance=asdict(crowd.provenance),
-        faults=asdict(crowd.faults),
+        provenance=asdict(federation.provenance),
+        faults=asdict(federation.faults),
         machine=machine(),
     )

@@ -1,15 +1,15 @@
-"""Checkpoints of the server: `snapshot-00000120.safetensors` is its state after 120 rounds. Nothing is pickled.
+"""Snapshots of the server: `snapshot-00000120.safetensors` is its state after 120 rounds. Nothing is pickled.
 
 A snapshot has tensors and `info`, a JSON object, in one safetensors file. The file's metadata are
 
     format  "hosfl snapshot 1"
     round   decimal
     info    JSON; floats are Python's repr, which reads back as the same double
-    digest  SHA-256 of all of it, since safetensors has no checksum
+    digest  SHA-256 of round, info and tensors, since safetensors has no checksum
 
 Durability: a snapshot is written under another name, synced, renamed, and the folder synced. When `save` returns, it
-survives a power cut. A `save` that is cut short leaves older snapshots as they were, and a temporary file that the next
-one removes. One writer per folder. Any program that knows safetensors can read the tensors.
+survives a power cut. A `save` that is interrupted leaves older snapshots as they were, and a temporary file that the
+next one removes. A folder has one writer. Any program that knows safetensors can read the tensors.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ TEMPORARY = "snapshot-*.safetensors.tmp"
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """The server's state after `round` rounds: tensors on the CPU that share no memory with the file, and info."""
+    """The server's state after `round` rounds: tensors on the CPU, which share no memory with the file, and info."""
 
     round: int
     tensors: dict[str, Tensor]
@@ -51,17 +51,17 @@ def save(
 ) -> Path:
     """Write the snapshot of `round`, replacing an older one of it, and return its path. It is durable on return.
 
-    tensors: dense, on any device; tensors that share memory do not when they are loaded. info: values that JSON returns
-    unchanged: no tuples, no keys other than strings, no NaN. Of the snapshots up to this round the newest `keep` stay;
-    those of later rounds are left alone. Copies tensors that are not contiguous on the CPU.
+    tensors: dense, on any device; those that share memory are stored separately. Those that are not contiguous on the
+    CPU are copied. info: values that JSON returns unchanged: no tuples, no keys other than strings, no NaN. keep: the
+    number of snapshots up to this round that remain; those of later rounds are not touched.
 
-    Raises SnapshotError for values that cannot be stored and for a write that fails.
+    Raises SnapshotError for values that cannot be stored, and for a write that fails.
     """
     if isinstance(round, bool) or not isinstance(round, int) or round < 0 or keep < 1:
         raise SnapshotError(f"round must be at least 0 and keep at least 1, not {round!r} and {keep!r}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    dense, text = _dense(tensors), _text(info)
+    dense, text = _dense(tensors), _encode_info(info)
     metadata = {"format": FORMAT, "round": str(round), "info": text, "digest": _digest(round, text, dense)}
     path = folder / f"snapshot-{round:08d}.safetensors"
     _write(path, dense, metadata)
@@ -78,7 +78,7 @@ def load(path: str | os.PathLike[str]) -> Snapshot:
     try:
         with safe_open(regular(path), framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
-            # Copies, since safetensors returns the mapped file, and tensors would change with it.
+            # Copies, since safetensors maps the file, and the tensors would change with it.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, TypeError, RuntimeError, LookupError, AttributeError) as error:
         raise SnapshotError(f"{path} cannot be read: {error}") from None
@@ -100,10 +100,10 @@ def load(path: str | os.PathLike[str]) -> Snapshot:
 
 
 def latest(folder: str | os.PathLike[str], objection: Callable[[Snapshot], str] = lambda saved: "") -> Snapshot | None:
-    """The newest snapshot that can be loaded and has no objection; None if there is none.
+    """Load the newest valid snapshot to which there is no objection; None if there is none.
 
-    Others are skipped with a warning that names file and reason. objection: returns why a snapshot cannot be used, or
-    "". Raises what it raises.
+    objection: returns why a snapshot cannot be used, or ""; what it raises is raised. Snapshots that are skipped give a
+    warning with file and reason.
     """
     for _, path in _snapshots(Path(folder)):
         try:
@@ -111,23 +111,23 @@ def latest(folder: str | os.PathLike[str], objection: Callable[[Snapshot], str] 
         except SnapshotError as error:
             reason = str(error)
         else:
-            found = objection(saved)
-            if not found:
+            problem = objection(saved)
+            if not problem:
                 return saved
-            reason = f"{path} {found}"
+            reason = f"{path} {problem}"
         warnings.warn(f"passed over a snapshot: {reason}", stacklevel=2)
     return None
 
 
 def set_aside(folder: str | os.PathLike[str], after: int) -> None:
-    """Rename snapshots of rounds above `after` to NAME.void: they are not of the run that goes on from there."""
+    """Rename snapshots of rounds after `after` to NAME.void: the run resumes from that round, and they are not its."""
     for round, path in _snapshots(Path(folder)):
         if round > after:
             path.replace(path.with_name(path.name + ".void"))
 
 
 def _snapshots(folder: Path) -> list[tuple[int, Path]]:
-    """(round, path) of the snapshots in a folder, newest first."""
+    """List (round, path) of the snapshots in a folder, newest first."""
     if not folder.is_dir():
         return []
     matches = [(NAME.fullmatch(path.name), path) for path in folder.iterdir()]
@@ -148,7 +148,7 @@ def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
 
 
 def _dense(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors on the CPU, of which no two share memory."""
+    """Make tensors contiguous on the CPU, with no shared memory."""
     dense: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():
@@ -162,13 +162,14 @@ def _dense(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dense
 
 
-def _text(info: dict[str, Any]) -> str:
+def _encode_info(info: dict[str, Any]) -> str:
+    """Encode info as JSON. Raises SnapshotError for values that do not survive it unchanged."""
     try:
         text = json.dumps(info, sort_keys=True, separators=(",", ":"), allow_nan=False)
-        same = json.loads(text) == info
+        unchanged = json.loads(text) == info
     except (TypeError, ValueError, RecursionError) as error:
         raise SnapshotError(f"info cannot be written as JSON: {error}") from None
-    if not same:
+    if not unchanged:
         raise SnapshotError("info does not come back from JSON as it was: a tuple, or a key that is no string?")
     return text
 

@@ -15,7 +15,7 @@ STALE = 15.0  # seconds since the file was written, after which the server may n
 
 
 def read_status(folder: Path, now: float) -> list[str]:
-    """The status that a server wrote last, as lines. Raises FileNotFoundError, and ValueError naming the file."""
+    """Read the status that a server wrote last, as lines. Raises FileNotFoundError; ValueError naming the file."""
     path = folder / "status.json"
     if not path.exists():
         raise FileNotFoundError(f"{folder} holds no run with clients elsewhere: there is no {path.name}")
@@ -26,31 +26,31 @@ def read_status(folder: Path, now: float) -> list[str]:
 
 
 def lines(status: dict[str, Any], now: float) -> list[str]:
-    """A status as lines of text."""
-    last, here = status["last"], status["here"]
-    absent = sorted(set(range(status["clients"])) - set(here))
+    """Format a status as lines of text."""
+    last, present = status["last"], status["here"]
+    absent = sorted(set(range(status["clients"])) - set(present))
     silent = now - status["time"]
     text = [
         f"round {status['round']} of {status['rounds']}"
         + (f", and no word for {silent:.0f} s: is the server running?" if silent > STALE else ""),
-        f"here: {_numbers(here)}; not here: {_numbers(absent)}",
+        f"here: {_numbers(present)}; not here: {_numbers(absent)}",
     ]
     if "tried" in last:
         text.append(
             f"waiting: of round {status['round'] + 1} no cut could be learnt from, tried {last['tried']} times so far"
         )
-        text += [f"  client {client}: {why}" for client, why in last["missing"].items()]
+        text += [f"  client {client}: {reason}" for client, reason in last["missing"].items()]
     elif "waiting for" in last:
         text.append(f"waiting until at least {last['waiting for']} are here")
     else:
         loss = "none" if last["loss"] is None else f"{last['loss']:.4f}"
-        spent = ", ".join(f"{phase} {seconds:.3f} s" for phase, seconds in last["seconds"].items())
-        text.append(f"last round: loss {loss}; took part: {_numbers(last['took part'])}; {spent}")
-        text += [f"  client {client}: {why}" for client, why in last["missing"].items()]
+        phases = ", ".join(f"{phase} {seconds:.3f} s" for phase, seconds in last["seconds"].items())
+        text.append(f"last round: loss {loss}; took part: {_numbers(last['took part'])}; {phases}")
+        text += [f"  client {client}: {reason}" for client, reason in last["missing"].items()]
     text.append(f"{sum(status['bytes'].values()) / 1e6:.1f} MB; no answer {status['missing']} times")
     text += [f"refused: {reason}" for reason in status["refused"]]
     text += [f"complaint: {reason}" for reason in status["complaints"]]
-    return [printable(line) for line in text]  # of whatever a file holds
+    return [printable(line) for line in text]  # the file may hold anything
 
 
 def _numbers(clients: list[int]) -> str:

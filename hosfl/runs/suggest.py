@@ -1,8 +1,8 @@
-"""Suggests what to train of a client half, so that clients learn from a budget of forward passes.
+"""`hosfl suggest`: which weights of a client half to train with a given budget of forward passes.
 
-A run measures P numbers a round about d weights. In the studies (docs/results-studies.md) a client learns next to
-nothing where the whole run has less than one number for every weight, and more the more there are. So the suggestion
-has few enough weights for the budget, in the layers next to the cut, where probes are cheap.
+A run measures P numbers a round about d trainable weights. In the studies (docs/results-studies.md) a client learns
+next to nothing if the whole run measures less than one number per weight, and the more numbers, the more it learns. So
+the suggestion has few enough weights for the budget, in the layers next to the cut, where probes are cheap.
 """
 
 from __future__ import annotations
@@ -26,13 +26,16 @@ from hosfl.tasks import make_task
 from hosfl.tasks.items import read
 from hosfl.tasks.task import Task
 
-PER_WEIGHT = 15  # numbers that a run should measure for every weight that moves
-LARGEST_RANK = 8
+NUMBERS_PER_WEIGHT = 15  # numbers that a run should measure for every trainable weight
+MAX_RANK = 8
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """Settings, and the reasons for them. weights: how many move. work: of a round's probes, in forward passes."""
+    """Suggested settings, and the reasons for them.
+
+    weights: the number of trainable ones. work: the cost of a round's probes, in forward passes.
+    """
 
     trains: str
     blocks: int
@@ -43,7 +46,7 @@ class Suggestion:
 
     @property
     def settings(self) -> dict[str, object]:
-        """For `hosfl.train`. The rule stays the default, for reasons in docs/forward-passes.md."""
+        """The settings as arguments of `hosfl.train`. The update rule stays the default: see docs/forward-passes.md."""
         return {
             "trains": self.trains,
             "blocks": self.blocks,
@@ -55,11 +58,11 @@ class Suggestion:
 def suggest(config: Settings, rounds: int = 300, passes: float = 5.0, task: Task | None = None) -> Suggestion:
     """Suggest which layers of a task's client half to adapt, at which rank, and how many directions to measure.
 
-    rounds: of the planned run. passes: the work that a client may spend on probes in a round, in forward passes of its
-    half. Computes two forward passes of two samples for each candidate, and reads no other data.
+    rounds: of the planned run. passes: the budget for probes in a round, in forward passes of the client half. For each
+    candidate two forward passes of two samples are computed; no other data are read.
 
-    Raises ValueError for a budget that no block fits, and for a half with nothing that could move; CutError for a half
-    that cannot be taken apart.
+    Raises ValueError for a budget too small for one direction, and for a half without trainable weights; CutError for a
+    half that cannot be divided into blocks.
     """
     if rounds < 1 or not 0 < passes < math.inf:
         raise ValueError(f"rounds and passes must be positive and finite, got {rounds} and {passes}")
@@ -71,18 +74,18 @@ def suggest(config: Settings, rounds: int = 300, passes: float = 5.0, task: Task
     train = task.train[0] if isinstance(task.train, list) else task.train
     inputs, first = read(train[:2]).inputs, half()
     if any(isinstance(m, nn.modules.batchnorm._NormBase) and m.affine for m in first.modules()):
-        found = _norms(first, inputs, rounds, passes)
+        suggestion = _suggest_norms(first, inputs, rounds, passes)
     else:
-        found = _adapters(half, inputs, config.seed, task.public is not None, rounds, passes)
-    if found is None:
+        suggestion = _suggest_adapters(half, inputs, config.seed, task.public is not None, rounds, passes)
+    if suggestion is None:
         raise ValueError(f"{passes:g} passes a round are too few for one direction: raise passes")
-    return found
+    return suggestion
 
 
-def _adapters(
+def _suggest_adapters(
     half: Callable[[], nn.Module], inputs: Inputs, seed: int, public: bool, rounds: int, passes: float
 ) -> Suggestion | None:
-    """Adapters in the last layers, one block per layer; None if the budget is too small for one. half: makes a half."""
+    """Suggest adapters in the last layers, a block per layer; None if the budget is too small. half: makes a half."""
     first = half()
     named = {path: m for path, m in first.named_modules() if path and is_adaptable(m)}
     if not named:
@@ -92,19 +95,19 @@ def _adapters(
     numbers = parameter_layers(first, [m.weight for m in named.values()])
     layers = sorted(set(numbers))
 
-    def probes_of(rank: int, chosen: Mapping[str, int], count: int) -> _Probes | None:
-        return _most_probes(select_trainable(half(), f"xs:{rank}:{','.join(chosen)}", seed), count, inputs, passes)
+    def fit(rank: int, chosen: Mapping[str, int], count: int) -> _Probes | None:
+        return _fit_directions(select_trainable(half(), f"xs:{rank}:{','.join(chosen)}", seed), count, inputs, passes)
 
     for count in range((len(layers) + 1) // 2, 0, -1):  # half of the layers, or fewer where the budget is small
         chosen = {path: n for path, n in zip(named, numbers, strict=True) if n in layers[-count:]}
-        if (probes := probes_of(1, chosen, count)) is None:
+        if (probes := fit(1, chosen, count)) is None:
             continue
-        rank = round((probes.directions * rounds / PER_WEIGHT / len(chosen)) ** 0.5)
-        rank = max(1, min(rank, LARGEST_RANK, *(largest_rank(named[path]) for path in chosen)))
-        if (probes := probes_of(rank, chosen, count)) is None:
+        rank = round((probes.directions * rounds / NUMBERS_PER_WEIGHT / len(chosen)) ** 0.5)
+        rank = max(1, min(rank, MAX_RANK, *(largest_rank(named[path]) for path in chosen)))
+        if (probes := fit(rank, chosen, count)) is None:
             continue
         weights = len(chosen) * rank**2
-        made_of = "the weights; public samples would make better ones"
+        source = "public samples" if public else "the weights; public samples would make better ones"
         return Suggestion(
             trains=f"{'act' if public else 'xs'}:{rank}:{_patterns(first, chosen, named)}",
             blocks=count,
@@ -117,26 +120,26 @@ def _adapters(
                 f"each direction moves one layer: {probes.directions} directions cost {passes:g} passes a round",
                 f"rank {rank}: {weights} weights move, in linear layers: {len(chosen)}; {rounds} rounds"
                 f" measure {probes.directions * rounds / weights:.0f} numbers for each weight",
-                f"the adapters' fixed matrices are made from {'public samples' if public else made_of}",
+                f"the adapters' fixed matrices are made from {source}",
             ),
         )
     return None
 
 
-def _norms(half: nn.Module, inputs: Inputs, rounds: int, passes: float) -> Suggestion | None:
-    """Scales and shifts of the BatchNorms; None where the budget is too small."""
-    moving = select_trainable(half, "norms", 0)
-    weights = sum(p.numel() for p in moving.parameters() if p.requires_grad)
-    layers = len(set(parameter_layers(moving, [p for p in moving.parameters() if p.requires_grad])))
+def _suggest_norms(half: nn.Module, inputs: Inputs, rounds: int, passes: float) -> Suggestion | None:
+    """Suggest scales and shifts of the BatchNorms; None if the budget is too small."""
+    trained = select_trainable(half, "norms", 0)
+    weights = sum(p.numel() for p in trained.parameters() if p.requires_grad)
+    layers = len(set(parameter_layers(trained, [p for p in trained.parameters() if p.requires_grad])))
     for count in range(min(4, layers), 0, -1):
-        probes = _most_probes(moving, count, inputs, passes)
+        probes = _fit_directions(trained, count, inputs, passes)
         if probes is not None:
             directions, numbers = probes.directions, probes.directions * rounds / weights
-            enough = "" if numbers >= PER_WEIGHT else f": raise rounds, {PER_WEIGHT} or more are wanted"
+            advice = "" if numbers >= NUMBERS_PER_WEIGHT else f": raise rounds, {NUMBERS_PER_WEIGHT} or more are wanted"
             reasons = (
                 f"train scales and shifts of the BatchNorms, {weights} weights: adapters suit convolutions less",
                 f"blocks: {count}; {directions} directions cost {passes:g} passes a round",
-                f"{rounds} rounds measure {numbers:.1f} numbers for each weight{enough}",
+                f"{rounds} rounds measure {numbers:.1f} numbers for each weight{advice}",
                 "add calibrate=8 where the pictures' distribution has changed",
             )
             return Suggestion("norms", count, directions, weights, probes.work, reasons)
@@ -145,17 +148,17 @@ def _norms(half: nn.Module, inputs: Inputs, rounds: int, passes: float) -> Sugge
 
 @dataclass(frozen=True)
 class _Probes:
-    """The most directions that fit a budget. shares: cost of a probe by block, work: of a round; in forward passes."""
+    """The directions that fit a budget. shares: a probe's cost in each block; work: a round's; in forward passes."""
 
     directions: int
     shares: list[float]
     work: float
 
 
-def _most_probes(moving: nn.Module, count: int, inputs: Inputs, passes: float) -> _Probes | None:
-    """The most directions for trainable weights in `count` blocks; None where one per block is too many."""
-    parameters = [p for p in moving.parameters() if p.requires_grad]
-    begins = blocks_of(moving, count, inputs)
+def _fit_directions(half: nn.Module, count: int, inputs: Inputs, passes: float) -> _Probes | None:
+    """Find the most directions that fit the budget, in `count` blocks; None if one per block is too many."""
+    parameters = [p for p in half.parameters() if p.requires_grad]
+    begins = blocks_of(half, count, inputs)
     sizes = [float(sum(parameters[t].numel() for t in begin.tensors)) for begin in begins]
     shares = [begin.share for begin in begins]
 
@@ -163,16 +166,19 @@ def _most_probes(moving: nn.Module, count: int, inputs: Inputs, passes: float) -
         return work(allot_directions(directions, sizes, shares), shares)
 
     counts = range(count, LARGEST_DIRECTIONS + 1)
-    fitting = bisect_right(counts, 1.01 * passes, key=cost)  # shares are no round numbers
+    fitting = bisect_right(counts, 1.01 * passes, key=cost)  # with a tolerance, since shares are measured
     return _Probes(counts[fitting - 1], shares, cost(counts[fitting - 1])) if fitting else None
 
 
 def _patterns(half: nn.Module, chosen: Mapping[str, int], named: Mapping[str, nn.Module]) -> str:
-    """Name patterns of these layers for `trains`: of the modules that hold exactly them, or their own names."""
+    """Return name patterns of the chosen modules for `trains`, with commas between.
+
+    A layer's pattern is that of the module that contains exactly its chosen modules, or else their names.
+    """
     patterns, entries = [], layer_entries(half)
     for number in sorted(set(chosen.values())):
-        own = [path for path, of in chosen.items() if of == number]
+        in_layer = [path for path, layer in chosen.items() if layer == number]
         entry = entries[number]
-        inside = [path for path in named if entry and fnmatch(path, f"*{entry}.*")]
-        patterns += [f"*{entry}.*"] if inside == own else own
+        matching = [path for path in named if entry and fnmatch(path, f"*{entry}.*")]
+        patterns += [f"*{entry}.*"] if matching == in_layer else in_layer
     return ",".join(patterns)

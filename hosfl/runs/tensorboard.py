@@ -1,4 +1,4 @@
-"""A run's scalars for TensorBoard: event files in the folder `tensorboard` of the run's folder, against rounds."""
+"""A run's scalars by round, as TensorBoard's event files in the folder `tensorboard` of the run's folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def summary_writer() -> Any:
-    """The class that writes event files. Raises ImportError where the package is missing."""
+    """Return the class that writes event files. Raises ImportError if the package is missing."""
     return require("torch.utils.tensorboard", "--tensorboard", "tensorboard").SummaryWriter
 
 
@@ -23,9 +23,9 @@ class TensorBoardWriter:
     """Writes a run's scalars. Their step is the number of rounds done.
 
     evaluation/NAME  the loss and every score of the task, per evaluation
-    training/loss    of a round; NaN where nobody took part
+    training/loss    of a round; NaN if nobody took part
     bytes            so far, all clients
-    clients/...      took_part, did_not_answer: how many in the round
+    clients/...      took_part, did_not_answer: their numbers in the round
     messages/refused in the round
     seconds/PHASE    of the round: cuts, server, answers
 
@@ -37,7 +37,7 @@ class TensorBoardWriter:
         self.folder, self.refusals = folder / "tensorboard", 0
         before = set(self.folder.glob("*"))
         self.writer = summary_writer()(str(self.folder), purge_step=first)
-        self.own = set(self.folder.glob("*")) - before
+        self.created = set(self.folder.glob("*")) - before
 
     def round(self, federation: Federation, done: int, loss: float) -> None:
         """Write a round's scalars."""
@@ -50,22 +50,22 @@ class TensorBoardWriter:
             "clients/did_not_answer": len(federation.messenger.failures),
             "messages/refused": refused,
         }
-        self._write(counts | {f"seconds/{phase}": spent for phase, spent in federation.seconds.items()}, done)
+        self._write(counts | {f"seconds/{phase}": seconds for phase, seconds in federation.seconds.items()}, done)
 
     def evaluation(self, evaluation: Evaluation) -> None:
         """Write an evaluation's scalars."""
-        found = {"loss": evaluation.loss, **evaluation.scores}
-        self._write({f"evaluation/{name}": value for name, value in found.items()}, evaluation.round)
+        values = {"loss": evaluation.loss, **evaluation.scores}
+        self._write({f"evaluation/{name}": value for name, value in values.items()}, evaluation.round)
 
     def _write(self, scalars: Mapping[str, float], step: int) -> None:
         for name, value in scalars.items():
             self.writer.add_scalar(name, value, step)
-        self.writer.flush()  # at once: a snapshot may follow, and a resumed run never writes the rounds before it again
+        self.writer.flush()  # at once: a run resumed from a following snapshot does not write earlier rounds again
 
     def clear(self) -> None:
         """Remove the event files that this writer has made, and the folder if it holds nothing else."""
         self.close()
-        for path in self.own:
+        for path in self.created:
             path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self.folder.rmdir()

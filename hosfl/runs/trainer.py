@@ -1,4 +1,4 @@
-"""The rounds of one run, in one process. `train` is what `hosfl train` calls."""
+"""`train`: runs all rounds of a run, with its evaluations, snapshots and results."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hosfl.protocol.provenance import Provenance
 from hosfl.protocol.records import EpochRecord
 from hosfl.protocol.terms import Diverged, NothingLearnt
 from hosfl.runs import snapshot
-from hosfl.runs.assemble import assemble, task_of, with_task_clients
+from hosfl.runs.assemble import assemble, make_checked_task, with_task_clients
 from hosfl.runs.checkpoint import check_free, load_config, load_id, next_epoch, save_id, save_module
 from hosfl.runs.config import Config
 from hosfl.runs.evaluate import evaluate
@@ -37,61 +37,61 @@ log = logging.getLogger("hosfl.trainer")
 
 
 def save_snapshot(federation: Federation, out: Path, round: int) -> None:
-    """The server after `round` rounds. The log is on disk already: it never lags behind a snapshot.
+    """Save the server's state after `round` rounds. The log is on disk already, so it never lags behind a snapshot.
 
-    Raises LogError where the log is gone, replaced or cut by something else: what came after could not be rebuilt.
+    Raises LogError if the log was removed, replaced or truncated: rounds could not be rebuilt from it.
     """
     log = log_of(federation)
     if log is not None:
         log.check_file()
     tensors, info = federation.server.state()
-    counted = {
+    counts = {
         "bytes": federation.messenger.wire.bytes,
         "visits": federation.visits,
         "passes": dict(federation.server.passes),
     }
     position = None if log is None else list(log.position)
-    info = {"server": info, "counted": counted, "provenance": asdict(provenance_of(federation)), "log": position}
+    info = {"server": info, "counted": counts, "provenance": asdict(provenance_of(federation)), "log": position}
     snapshot.save(out, round, tensors, info, keep=federation.config.keep)
 
 
 def log_of(federation: Federation) -> Log | None:
-    """The log of a federation's client half; None where its method has none."""
+    """Return the log of a federation's client half; None if its method has none."""
     ledger = federation.server.ledger
     return ledger.log if isinstance(ledger, SeedReplay) else None
 
 
 def provenance_of(federation: Federation) -> Provenance:
-    """Digests of what a federation's run is made of."""
+    """Return the digests of settings, data and model of a federation's run."""
     assert federation.provenance is not None, "running statistics are estimated first"
     return federation.provenance
 
 
 def restore(federation: Federation, out: Path) -> int:
-    """Bring a new federation, its log open, to the newest snapshot in `out` that the log covers; returns its round.
+    """Load the newest snapshot in `out` that the log covers into a new federation. Returns its round.
 
-    Rounds committed after the snapshot are void, since the server has lost what it learnt in them. They are run again
-    in a new epoch. Clients start from the base and catch up. Snapshots that are damaged, or of rounds that the log has
-    lost, are skipped with a warning and renamed.
+    The federation's log must be open. Rounds committed after the snapshot become void, since the server has lost what
+    it learnt in them. They are run again in a new epoch. Clients start from the base and catch up. Snapshots that are
+    damaged, or of rounds that the log has lost, are skipped with a warning and renamed.
 
-    Raises ProvenanceError for a snapshot of another run, LogError for a log of another history or one that is gone.
+    Raises ProvenanceError for a snapshot of another run, LogError for a log of another history and for an empty one.
     """
     log = log_of(federation)
 
     def objection(saved: snapshot.Snapshot) -> str:
-        what = out / f"snapshot-{saved.round:08d}.safetensors"
-        provenance_of(federation).check(saved.info.get("provenance"), what)
+        path = out / f"snapshot-{saved.round:08d}.safetensors"
+        provenance_of(federation).check(saved.info.get("provenance"), path)
         if log is None:
             return ""
         records, digest = saved.info["log"]
         if records > log.position[0]:
             if not log.position[0]:
-                raise LogError(f"{log.path} has no record of the {saved.round} rounds that {what} holds: put it back")
+                raise LogError(f"{log.path} has no record of the {saved.round} rounds that {path} holds: put it back")
             return f"is after {saved.round} rounds, and {log.path} lost its end: it has {len(log.rounds)}"
         if log.digest_after(records) != digest:
-            raise LogError(f"{log.path} and {what} are of two runs: they differ in the first {saved.round} rounds")
-        later = [r for r in log.records[records:] if isinstance(r, EpochRecord)]
-        return "is of rounds that are void" if any(r.round < saved.round for r in later) else ""
+            raise LogError(f"{log.path} and {path} are of two runs: they differ in the first {saved.round} rounds")
+        later_epochs = [r for r in log.records[records:] if isinstance(r, EpochRecord)]
+        return "is of rounds that are void" if any(r.round < saved.round for r in later_epochs) else ""
 
     saved = snapshot.latest(out, objection)
     round = 0 if saved is None else saved.round
@@ -105,12 +105,12 @@ def restore(federation: Federation, out: Path) -> int:
     if isinstance(ledger, SeedReplay) and log is not None:
         ledger.restart(log, round)
     elif isinstance(ledger, WholeWeights):
-        ledger.epoch = next_epoch(out)  # before a round: clients that lived on hold weights of rounds that are void
+        ledger.epoch = next_epoch(out)  # before any round, since connected clients may hold weights of void rounds
     return round
 
 
 def check_loss(loss: float, done: int) -> None:
-    """Raises Diverged for the loss of an evaluation that is infinite or NaN."""
+    """Raises Diverged if the loss of an evaluation is infinite or NaN."""
     if not math.isfinite(loss):
         if not done:
             raise Diverged("the loss before the first round is not finite: look for NaN in the data")
@@ -136,47 +136,47 @@ def train(
     tensorboard: bool = False,
     **settings: Any,
 ) -> Summary:
-    """Train a split model by HO-SFL or another method; returns the `Summary` of the run.
+    """Train a split model by HO-SFL or another method, and return the `Summary` of the run.
 
         summary = hosfl.train(task, rounds=100, server_rate=0.01, client_rate=0.1, out="runs/own")
         print(summary.accuracy, summary.loss, summary.replicas.equal)
 
-        hosfl.train(hosfl.Config(task="digits", method="first-order"))  # a task of the library's
+        hosfl.train(hosfl.Config(task="digits", method="first-order"))  # a built-in task
 
     Args:
-        what: a `Task`; or a `Config`, whose task has a name.
-        out: the folder for the run's files, made if it is not there. None: nothing is written.
+        what: the task as an object, with settings as further arguments; or a `Config`, which names its task.
+        out: the folder for the run's files, created if necessary. None: nothing is written.
         progress: called after every round with the number of rounds done, the mean training loss of the round's
             clients, the `Evaluation` if one was due (else None), and the bytes sent so far.
-        resume: go on with the run in `out` from its last snapshot, however it ended. Task and settings must be those of
-            that run; but data and model may lie elsewhere, with the same content, and evaluate_every, snapshot_every
+        resume: continue the run in `out` from its last snapshot, however it ended. Task and settings must be those of
+            that run; but data and model may be elsewhere, with the same content, and evaluate_every, snapshot_every
             and keep may change.
-        transport: how clients are reached outside of this process; needs `out`.
+        transport: reaches clients in other processes or on other machines; needs `out`.
         tensorboard: also write event files for TensorBoard, into `out`/tensorboard. The run's bits are the same
             without.
-        settings: beside a `Task`, those settings of `Config` that are not to have their defaults, by name.
+        settings: with a `Task`, the settings of `Config` that are not to have their defaults, by name.
 
-    In `out` are, while the run goes on,
+    During the run `out` has
 
         config.json         the settings
-        provenance.json     what the run was made of: settings, and digests of data and model
+        provenance.json     the settings, and digests of data and model
         base.safetensors    the client half of round 0
-        hosfl.log           what moved it since, where the method has a log
-        snapshot-*          the server, every `snapshot_every` rounds
+        hosfl.log           the client half's updates, if the method has a log
+        snapshot-*          the server's state, every `snapshot_every` rounds
         metrics.jsonl       a line for each evaluation
 
     and at the end client.safetensors, server.safetensors, curves.png and summary.json. The first Ctrl-C ends the run
-    after the round at hand, with all of this written; `Summary.rounds` says how many were done. A start that fails
-    before the first round leaves the folder free.
+    after the current round, with all of this written; `Summary.rounds` is the number of rounds done. If the start fails
+    before the first round, the folder stays free.
 
     Raises:
-        ValueError: settings that do not fit the task, or the run to resume.
-        TypeError: `what` is neither of the two, or a setting does not exist.
-        ProvenanceError: data, a model or a file of another run.
+        ValueError: settings do not fit the task, or the run to resume.
+        TypeError: `what` is neither a `Task` nor a `Config`, or a setting does not exist.
+        ProvenanceError: data, model or a file are another run's.
         FileExistsError: `out` holds another run.
-        RunFolderError: another process is at work in `out`.
-        LatticeError, Diverged: the run diverged; what was done until then is written.
-        NothingLearnt: all cuts of all rounds were refused or lost; what was done until then is written.
+        RunFolderError: another process works in `out`.
+        LatticeError, Diverged: the run diverged; the results until then are written.
+        NothingLearnt: all cuts of all rounds were refused or lost; the results until then are written.
         ImportError: a package is missing.
     """
     if out is not None and not str(out):
@@ -184,15 +184,15 @@ def train(
     folder = Path(out) if out is not None else None
     begin = time.perf_counter()
     if (resume or transport or tensorboard) and folder is None:
-        which = "to resume" if resume else "with clients elsewhere" if transport else "for TensorBoard"
-        raise ValueError(f"a run {which} needs its folder: out, or --out DIR")
+        kind = "to resume" if resume else "with clients elsewhere" if transport else "for TensorBoard"
+        raise ValueError(f"a run {kind} needs its folder: out, or --out DIR")
     if folder is not None and not resume:
         check_free(folder)
     config, task = _config_and_task(what, settings)
     if resume and folder is not None:
-        differ = differences(load_config(folder).decisive(), config.decisive())
-        if differ:
-            raise ValueError(f"these are not the settings of the run in {folder}: {'; '.join(differ)}")
+        changed = differences(load_config(folder).decisive(), config.decisive())
+        if changed:
+            raise ValueError(f"these are not the settings of the run in {folder}: {'; '.join(changed)}")
     federation, _ = assemble(config, task=task, resumed=folder if resume else None)
     writer = Writer(folder, tensorboard)
     loop = _RunLoop(federation, task, writer, begin, progress)
@@ -229,11 +229,11 @@ def train(
 
 
 def _config_and_task(what: Task | Config, settings: dict[str, Any]) -> tuple[Config, Task]:
-    """The run's settings and its task. Raises TypeError, ValueError."""
+    """Return the run's settings and its task. Raises TypeError, ValueError."""
     if isinstance(what, Config):
         if settings:
             raise TypeError(f"{', '.join(settings)} beside a Config: give them to Config, which has all settings")
-        task = task_of(what)
+        task = make_checked_task(what)
         return cast(Config, with_task_clients(what, task)), task
     if not isinstance(what, Task):
         raise TypeError(f"train needs a Task or a Config, not a {type(what).__name__}")
@@ -249,16 +249,16 @@ def _config_and_task(what: Task | Config, settings: dict[str, Any]) -> tuple[Con
 
 @dataclass
 class _RunLoop:
-    """The rounds of a run, from its start or last snapshot on.
+    """The loop over a run's rounds, from its start or last snapshot.
 
     Attributes:
-        federation, task, writer, progress: as in `train`.
+        federation, task, writer: of the run. progress: see `train`.
         begin: when the run began, by time.perf_counter().
-        done: rounds that are done.
+        done: the number of rounds done.
         loss: the last round's training loss.
         last: the last evaluation.
-        failure: what ended the run early.
-        events: writes events.jsonl, where clients are on other machines.
+        failure: the error that ended the run early.
+        events: writes events.jsonl, if clients are on other machines.
         retry_at: when the next round may be tried again, by time.monotonic().
     """
 
@@ -275,7 +275,7 @@ class _RunLoop:
     retry_at: float = 0.0
 
     def connect(self, transport: Transport | None) -> None:
-        """Reach the clients through a transport, if there is one."""
+        """Make the federation use a transport, if there is one."""
         if transport is not None and self.writer.folder is not None:
             transport.connect(self.federation)
             self.federation.patient = transport.patient
@@ -283,7 +283,7 @@ class _RunLoop:
 
     def calibrate(self) -> None:
         """Wait for enough clients, and let them estimate running statistics."""
-        while not self.federation.ready():
+        while not self.federation.is_ready():
             self.wait()
         self.federation.calibrate()
 
@@ -307,7 +307,7 @@ class _RunLoop:
             try:
                 check_loss(self.last.loss, self.done)
                 while self.done < config.rounds and not interrupted.is_set():
-                    if federation.ready() and time.monotonic() >= self.retry_at:
+                    if federation.is_ready() and time.monotonic() >= self.retry_at:
                         self.round()
                     else:
                         self.wait()
@@ -318,7 +318,7 @@ class _RunLoop:
                     check_loss(self.last.loss, self.done)
                 if self.done == config.rounds:
                     check_learnt(federation, self.done)
-                federation.warn_of_refusals()
+                federation.log_refusals()
             except (LatticeError, Diverged, NothingLearnt) as error:
                 self.failure = error
             summary = Summary.of(
@@ -329,11 +329,11 @@ class _RunLoop:
                 visits=federation.visits,
                 passes=federation.server.passes,
                 refused=federation.refused,
-                replicas=None if self.failure else federation.replicas(),
+                replicas=None if self.failure else federation.compare_replicas(),
                 provenance=provenance_of(federation),
                 seconds=time.perf_counter() - self.begin,
                 failure=str(self.failure) if self.failure else None,
-                lower_is_better=self.task.lower(self.last.scores),
+                lower_is_better=self.task.select_lower_is_better(self.last.scores),
             )
             if folder is not None:
                 model = federation.model()
@@ -345,14 +345,14 @@ class _RunLoop:
         return summary
 
     def round(self) -> None:
-        """One round, then the evaluation, snapshot and progress report that are due."""
+        """Run one round, and then the evaluation, snapshot and progress report that are due."""
         federation, folder, config = self.federation, self.writer.folder, self.federation.config
         loss = federation.round(self.done)
-        if federation.tried:
-            if federation.tried == 1:
+        if federation.tries:
+            if federation.tries == 1:
                 reasons = "; ".join(["", *federation.newest_refused])
                 log.warning("round %d is tried again: the server could learn from no cut%s", self.done + 1, reasons)
-            self.retry_at = time.monotonic() + min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(federation.tried - 1, 20))
+            self.retry_at = time.monotonic() + min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(federation.tries - 1, 20))
             return
         self.loss = loss
         self.done += 1
@@ -371,13 +371,13 @@ class _RunLoop:
             )
 
     def wait(self) -> None:
-        """Sleep for a moment: too few clients are connected, or the pause before the next try is not over."""
+        """Sleep briefly: too few clients are connected, or the pause before the next try is not over."""
         if self.events is not None:
             self.events.waiting(self.federation, self.done)
         time.sleep(0.1)
 
     def snapshot(self, folder: Path) -> None:
-        """Save the server's state, if the folder is still this run's."""
+        """Save the server's state, after a check that the folder is still this run's."""
         if self.writer.lock is not None:
             self.writer.lock.check()
         save_snapshot(self.federation, folder, self.done)
@@ -388,9 +388,9 @@ _OPEN: list[threading.Event] = []  # the event of the outermost `interruptible` 
 
 @contextmanager
 def interruptible() -> Iterator[threading.Event]:
-    """Yields an event that the first Ctrl-C sets; the second raises KeyboardInterrupt as usual. Main thread only.
+    """Context manager that yields an event, which the first Ctrl-C sets; the second raises KeyboardInterrupt.
 
-    A nested block yields the event of the outer one.
+    A nested block yields the event of the outer one. In other threads than the main one the event is never set.
     """
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():

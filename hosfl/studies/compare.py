@@ -1,4 +1,4 @@
-"""Methods beside each other: the same seeds, data, batches and rounds, one table."""
+"""Comparison of methods with the same seeds, data, batches and rounds, in one table."""
 
 from __future__ import annotations
 
@@ -32,13 +32,15 @@ PASSES = ("client forward", "client backward", "server forward", "server backwar
 def compare(
     configs: Sequence[Config], out: Path, bar: Callable[[Config], AbstractContextManager[Progress]]
 ) -> dict[str, Any]:
-    """Run every configuration and write out/table.json, out/curves.png and a folder per run; returns the table.
+    """Run every configuration, write out/table.json, out/curves.png and a folder per run, and return the table.
 
-    Ctrl-C ends the run at hand and leaves out the rest; the table then holds the runs that were finished.
+    bar: context manager that shows the progress of one run. Ctrl-C ends the current run and skips the rest; the table
+    then holds the finished runs. Raises ValueError for a method and seed that occur twice, FileExistsError if `out`
+    holds a comparison, ProvenanceError if the data change between runs.
     """
-    runs_of = [(short_name(config.method), config.seed) for config in configs]
-    for method, seed in runs_of:
-        if runs_of.count((method, seed)) > 1:
+    pairs = [(short_name(config.method), config.seed) for config in configs]
+    for method, seed in pairs:
+        if pairs.count((method, seed)) > 1:
             raise ValueError(f"method {method} with seed {seed} is there twice: name each method and each seed once")
     out.mkdir(parents=True, exist_ok=True)
     if (out / "table.json").exists():
@@ -64,25 +66,25 @@ def compare(
             lines = (folder / "metrics.jsonl").read_text().splitlines()
             curves.setdefault(name, []).append([Evaluation.read(line)[0] for line in lines])
     shared = {k: v for k, v in DEFAULTS.items() if k not in ("method", "seed")}
-    for config in configs:  # that of a method which does not read a setting has its default
+    for config in configs:  # a method that does not read a setting has its default
         shared |= {k: v for k, v in asdict(config).items() if k in shared and v != DEFAULTS[k]}
     table: dict[str, Any] = {
         "interrupted": sum(map(len, runs.values())) < len(configs),
         "config": shared,
         "machine": machine(),
-        "methods": {method: row(summaries) for method, summaries in runs.items()},
+        "methods": {method: method_row(summaries) for method, summaries in runs.items()},
     }
     _add_gap(table["methods"])
     write_json(out / "table.json", table)
     if curves:
         seeds = max(len(s) for s in runs.values())
-        what = f"mean of {seeds} seeds, band from worst to best" if seeds > 1 else f"seed {configs[0].seed}"
-        plot_curves(curves, out / "curves.png", f"{configs[0].task}: {what}")
+        shown = f"mean of {seeds} seeds, band from worst to best" if seeds > 1 else f"seed {configs[0].seed}"
+        plot_curves(curves, out / "curves.png", f"{configs[0].task}: {shown}")
     return table
 
 
-def row(summaries: Sequence[Summary]) -> dict[str, Any]:
-    """One method's line: means over seeds, and each seed's own figures."""
+def method_row(summaries: Sequence[Summary]) -> dict[str, Any]:
+    """Return a method's row of the table: means over seeds, and the figures of each seed."""
     return {
         "seeds": [s.config["seed"] for s in summaries],
         "accuracy": mean(s.accuracy for s in summaries),
@@ -105,58 +107,58 @@ def row(summaries: Sequence[Summary]) -> dict[str, Any]:
 
 
 def _add_gap(methods: dict[str, Any]) -> None:
-    """Where both controls are there, how much of the gap between them every method recovers."""
+    """Add to every row the share of the gap between the controls that it recovers, if both controls are there."""
     if not {"frozen", "first-order"} <= set(methods):
         return
     for quantity in ("accuracy", "loss"):
         low, high = methods["frozen"][quantity], methods["first-order"][quantity]
-        for line in methods.values():
-            line[f"{quantity}_gap_recovered"] = gap_recovered(line[quantity], low, high)
+        for row in methods.values():
+            row[f"{quantity}_gap_recovered"] = gap_recovered(row[quantity], low, high)
 
 
-def _score(name: str, line: dict[str, Any]) -> str:
-    return f"{line['scores'][name]:.4f}"
+def _score(name: str, row: dict[str, Any]) -> str:
+    return f"{row['scores'][name]:.4f}"
 
 
-def _bytes(category: str, line: dict[str, Any]) -> str:
-    return f"{line['bytes_per_client_round'].get(category, 0):,.0f}"
+def _bytes(category: str, row: dict[str, Any]) -> str:
+    return f"{row['bytes_per_client_round'].get(category, 0):,.0f}"
 
 
-def _passes(kind: str, line: dict[str, Any]) -> str:
-    return f"{line['passes_per_client_round'][kind]:,.0f}"
+def _passes(kind: str, row: dict[str, Any]) -> str:
+    return f"{row['passes_per_client_round'][kind]:,.0f}"
 
 
 def print_table(table: dict[str, Any]) -> None:
-    """The comparison as text."""
+    """Print a comparison: a column for each method, a line for each quantity."""
     methods = table["methods"]
     title = f"{table['config']['task']}, {table['config']['rounds']} rounds"
-    shown = Table(title=title, caption="bytes and samples: per client and round")
-    shown.add_column("")
-    for method, line in methods.items():
-        seeds = "1 seed" if len(line["seeds"]) == 1 else f"{len(line['seeds'])} seeds"
-        shown.add_column(f"{method} ({seeds})", justify="right")
+    printed = Table(title=title, caption="bytes and samples: per client and round")
+    printed.add_column("")
+    for method, row in methods.items():
+        seeds = "1 seed" if len(row["seeds"]) == 1 else f"{len(row['seeds'])} seeds"
+        printed.add_column(f"{method} ({seeds})", justify="right")
 
     def add(label: str, cell: Callable[[dict[str, Any]], str]) -> None:
-        shown.add_row(label, *(cell(line) for line in methods.values()))
+        printed.add_row(label, *(cell(row) for row in methods.values()))
 
-    def share(line: dict[str, Any], quantity: str) -> str:
-        value = line.get(f"{quantity}_gap_recovered")
-        return "" if value is None else f"{value + 0.0:.2f}"  # no -0.00
+    def share(row: dict[str, Any], quantity: str) -> str:
+        value = row.get(f"{quantity}_gap_recovered")
+        return "" if value is None else f"{value + 0.0:.2f}"  # never -0.00
 
     data = table["config"]["evaluate_on"]
     scores = next(iter(methods.values()))["scores"] if methods else {}
     for name in scores:
         add(f"{data} {name}", partial(_score, name))
-    add(f"{data} loss", lambda line: f"{line['loss']:.4f}")
-    add(f"{metric(scores)} gap recovered", lambda line: share(line, "accuracy"))
-    add("loss gap recovered", lambda line: share(line, "loss"))
+    add(f"{data} loss", lambda row: f"{row['loss']:.4f}")
+    add(f"{metric(scores)} gap recovered", lambda row: share(row, "accuracy"))
+    add("loss gap recovered", lambda row: share(row, "loss"))
     for category in (*CATEGORIES, "framing up", "framing down"):
-        if any(category in line["bytes_per_client_round"] for line in methods.values()):
+        if any(category in row["bytes_per_client_round"] for row in methods.values()):
             add(f"bytes, {category}", partial(_bytes, category))
     for kind in PASSES:
         add(f"samples, {kind}", partial(_passes, kind))
-    add("client forward, ms", lambda line: f"{line['forward_seconds'] * 1e3:.2f}")
-    add("client answer, ms", lambda line: f"{line['answer_seconds'] * 1e3:.2f}")
-    add("answer / forward", lambda line: f"{line['answer_seconds'] / line['forward_seconds']:.1f}")
-    add("all clients hold the same bits", lambda line: "yes" if line["replicas_equal"] else "NO")
-    Console(width=None if sys.stdout.isatty() else 110).print(shown)
+    add("client forward, ms", lambda row: f"{row['forward_seconds'] * 1e3:.2f}")
+    add("client answer, ms", lambda row: f"{row['answer_seconds'] * 1e3:.2f}")
+    add("answer / forward", lambda row: f"{row['answer_seconds'] / row['forward_seconds']:.1f}")
+    add("all clients hold the same bits", lambda row: "yes" if row["replicas_equal"] else "NO")
+    Console(width=None if sys.stdout.isatty() else 110).print(printed)

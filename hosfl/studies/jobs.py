@@ -1,4 +1,4 @@
-"""The runs of a study, one after another or in processes."""
+"""Running a study's jobs, one after another or in several processes."""
 
 from __future__ import annotations
 
@@ -26,8 +26,10 @@ _warm: list[str] = []  # not empty once this process has trained
 
 
 def run_job(job: Job) -> Result | None:
-    """One run: settings, outcome and evaluations. One that diverges, learns nothing, or ends with a first score that is
-    not finite, says so; None: interrupted."""
+    """Train, and return settings, outcome and evaluations; None if interrupted.
+
+    A run that diverges, learns nothing, or ends with a first score that is not finite, has a "failure".
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     evaluations: list[Evaluation] = []
@@ -41,7 +43,7 @@ def run_job(job: Job) -> Result | None:
 
     outcome: dict[str, Any] = {"failure": None}
     try:
-        if not _warm:  # a process's first round waits for imports and caches: nobody's seconds
+        if not _warm:  # one round that is not timed, for imports and caches
             _warm.append(job.config.task)
             if train(replace(job.config, rounds=1, server_first=0)).interrupted:
                 return None
@@ -49,9 +51,9 @@ def run_job(job: Job) -> Result | None:
         summary = train(job.config, None, progress)
         if summary.interrupted:
             return None
-        if not math.isfinite(summary.accuracy):  # by which no trial can be chosen, and which no file holds
+        if not math.isfinite(summary.accuracy):  # trials cannot be compared by it, and JSON cannot hold it
             raise Diverged(f"the {metric(summary.scores)} after round {summary.rounds} is not finite")
-        # Of this process that may have made other runs: its peak is not this run's.
+        # Without the peak memory: it is the process's, which may have made other runs.
         outcome |= {k: v for k, v in asdict(summary).items() if k not in ("config", "peak_memory", "interrupted")}
     except (LatticeError, Diverged, NothingLearnt) as error:
         outcome |= {"failure": str(error), "rounds": done, "machine": machine()}
@@ -63,7 +65,7 @@ def run_job(job: Job) -> Result | None:
 
 
 def _worker(parent: int) -> None:
-    """A process of the pool: Ctrl-C is its parent's affair, and without a parent it ends."""
+    """Initialise a process of the pool: it ignores Ctrl-C, which its parent handles, and ends with its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
@@ -75,9 +77,9 @@ def _worker(parent: int) -> None:
 
 
 def run_jobs(jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, Result | None]]:
-    """Each job and its result as they are done, in so many processes; one: this one.
+    """Run jobs in so many processes, and yield each with its result when it is done. One worker: in this process.
 
-    Raises ChildProcessError, after all results that there are, if the system ends a process.
+    Raises ChildProcessError, after all available results, if the system kills a process.
     """
     if workers == 1:
         yield from ((job, run_job(job)) for job in jobs)
@@ -85,19 +87,20 @@ def run_jobs(jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, Result | 
     context = multiprocessing.get_context("spawn")
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_worker, initargs=(os.getpid(),))
-    # They inherit what this thread blocks: a Ctrl-C while they import torch is not theirs either. Here it only waits.
+    # The processes inherit the blocked signal, so that a Ctrl-C does not reach them while they import torch. In this
+    # thread it is only delayed.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         try:
-            of = {pool.submit(run_job, job): job for job in jobs}
+            futures = {pool.submit(run_job, job): job for job in jobs}
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         broken = False
-        for future in as_completed(of):
+        for future in as_completed(futures):
             if isinstance(future.exception(), BrokenProcessPool):
                 broken = True
             else:
-                yield of[future], future.result()
+                yield futures[future], future.result()
         if broken:
             raise ChildProcessError(
                 "the system killed one of the study's processes, most likely for lack of memory: the same command goes"
@@ -105,7 +108,7 @@ def run_jobs(jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, Result | 
             )
     except BaseException:
         for process in set(multiprocessing.active_children()) - others:
-            process.terminate()  # what it was at is not written anywhere
+            process.terminate()  # it has written nothing
         raise
     finally:
         pool.shutdown(cancel_futures=True)

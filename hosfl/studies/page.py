@@ -1,4 +1,4 @@
-"""A study's folder as one page that needs nothing else, and its figures as PNG: what `hosfl report` writes."""
+"""`hosfl report`: a study as one self-contained HTML page, and its figures as PNG."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hosfl.extras import require
 from hosfl.files import write_atomically
 from hosfl.runs.config import Config
-from hosfl.runs.memory import BOUNDED, reference
+from hosfl.runs.memory import BOUNDED, reference_way
 from hosfl.runs.pages import document, html_image, html_table
 from hosfl.runs.report import logarithmic, name_lines, save_figure
 from hosfl.studies.folder import saved_memory, saved_result
@@ -23,7 +23,7 @@ from hosfl.studies.table import final_jobs, study_table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Against what curves are drawn: name, axis, and an evaluation's value on it.
+# The horizontal axes of the curves: (label, an evaluation's value on the axis).
 AXES: tuple[tuple[str, Callable[[dict[str, Any]], float]], ...] = (
     ("rounds", lambda e: e["round"]),
     ("MB on the wire, all clients", lambda e: e["bytes"] / 1e6),
@@ -32,35 +32,36 @@ AXES: tuple[tuple[str, Callable[[dict[str, Any]], float]], ...] = (
 
 
 def report(folder: Path) -> Path:
-    """Write report.html, curves.png and, where memory was measured, memory.png into a study's folder; the page's path.
+    """Write report.html and its figures as PNG into a study's folder. Returns the page's path.
 
-    A study that is not finished is shown as far as it is. Raises FileNotFoundError where there is no study, and
-    ValueError naming a file of it that is damaged or another study's.
+    The figures are curves.png and, if memory was measured, memory.png. The page shows an unfinished study as far as it
+    has got. Raises FileNotFoundError if the folder holds no study, and ValueError naming a file that is damaged or
+    another study's.
     """
     if not (folder / "study.yaml").exists():
         raise FileNotFoundError(f"{folder} holds no study: there is no study.yaml")
     study = load_study(folder / "study.yaml")
-    found = study_table(study, folder)
+    table = study_table(study, folder)
     runs = {
         method: [r for job in study.final(method, row["trial"]) if (r := saved_result(job, folder)) is not None]
-        for method, row in found["methods"].items()
+        for method, row in table["methods"].items()
         if row["trial"] is not None
     }
     memory = saved_memory(folder)
     good = {m: [r for r in rs if not r["failure"]] for m, rs in runs.items()}
     if any(good.values()):
-        plot_curves(good, folder / "curves.png", found["metric"])
+        plot_curves(good, folder / "curves.png", table["metric"])
     if memory is not None:
         plot_memory(memory, folder / "memory.png")
     path = folder / "report.html"
-    write_atomically(path, page(study, found, runs, memory, folder).encode())
+    write_atomically(path, page(study, table, runs, memory, folder).encode())
     return path
 
 
 def plot_curves(runs: dict[str, list[Result]], path: Path, metric: str) -> None:
-    """Accuracy and loss on test data against rounds, bytes and seconds: means over seeds, bands of a standard error.
+    """Plot accuracy and loss on test data against rounds, bytes and seconds: means and standard errors over seeds.
 
-    metric: what the task calls the accuracy.
+    metric: the name of the task's first score, which results call the accuracy.
     """
     figure: Figure = require("matplotlib.figure", path.name).Figure(figsize=(13, 7.2), layout="constrained")
     grid = figure.subplots(2, len(AXES), sharey="row", sharex="col")
@@ -69,7 +70,7 @@ def plot_curves(runs: dict[str, list[Result]], path: Path, metric: str) -> None:
     for number, (method, results) in enumerate(runs.items()):
         if not results:
             continue
-        # Those that all runs have: how often one looks may have changed in between.
+        # Only rounds at which all runs were evaluated: evaluate_every may have changed between them.
         rounds = set.intersection(*({e["round"] for e in r["evaluations"]} for r in results))
         evaluations = [[e for e in r["evaluations"] if e["round"] in rounds] for r in results]
         steps = range(len(rounds))
@@ -77,9 +78,9 @@ def plot_curves(runs: dict[str, list[Result]], path: Path, metric: str) -> None:
             values = [[nan if (v := e[i][quantity]) is None else v for e in evaluations] for i in steps]
             means = [mean(v) for v in values]
             errors = [stdev(v) / len(v) ** 0.5 if len(v) > 1 else 0.0 for v in values]
-            for column, (_, where) in enumerate(AXES):
+            for column, (_, value_on) in enumerate(AXES):
                 axis, color = grid[row, column], colors[number % len(colors)]
-                x = [mean(where(e[i]) for e in evaluations) for i in steps]
+                x = [mean(value_on(e[i]) for e in evaluations) for i in steps]
                 style = "--" if method in ("frozen", "first-order") else "-"
                 dots = "." if len(x) < 3 else None
                 (lines[method],) = axis.plot(x, means, style, color=color, lw=1.6, marker=dots)
@@ -93,14 +94,14 @@ def plot_curves(runs: dict[str, list[Result]], path: Path, metric: str) -> None:
             grid[1, column].set_xlabel(name)
     logarithmic(grid[1, 0])
     columns = max(1, min(len(lines), 5, 100 // min(40, max(map(len, lines)))))
-    places: list[Any] = list(lines.values())
-    legend = figure.legend(places, [""] * len(lines), loc="outside upper center", ncols=columns, frameon=False)
+    handles: list[Any] = list(lines.values())
+    legend = figure.legend(handles, [""] * len(lines), loc="outside upper center", ncols=columns, frameon=False)
     name_lines(lines, legend)
     save_figure(figure, path, 130)
 
 
 def plot_memory(measured: dict[str, Any], path: Path) -> None:
-    """A bar per way and half: what a client's process grows by, and the bound."""
+    """Plot a bar for each half and way to run it, of the memory by which a client's process grows, and the bound."""
     halves = measured["halves"]
     figure: Figure = require("matplotlib.figure", path.name).Figure(
         figsize=(4.6 * len(halves) + 2, 4.2), layout="constrained"
@@ -108,11 +109,11 @@ def plot_memory(measured: dict[str, Any], path: Path) -> None:
     axes = figure.subplots(1, len(halves), squeeze=False)[0]
     for axis, half in zip(axes, halves.values(), strict=True):
         ways = half["ways"]
-        colors = ["#888" if w == reference(w) else "#2b6cb0" if w.startswith("ho") else "#c05621" for w in ways]
+        colors = ["#888" if w == reference_way(w) else "#2b6cb0" if w.startswith("ho") else "#c05621" for w in ways]
         sizes = [row["peak_extra"] / 1e6 for row in ways.values()]
         bars = axis.barh(list(ways), sizes, color=colors)
-        readable = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # where the bound's line goes through
-        axis.bar_label(bars, [f"{size:.1f}" for size in sizes], padding=3, fontsize=8, bbox=readable)
+        background = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # readable where the bound's line crosses
+        axis.bar_label(bars, [f"{size:.1f}" for size in sizes], padding=3, fontsize=8, bbox=background)
         axis.margins(x=0.15)
         limit = measured["bound"] * (ways["inference"]["peak_extra"] + 3 * ways["inference"]["cut"]) / 1e6
         axis.axvline(limit, color="#222", lw=1, ls=":")
@@ -126,33 +127,36 @@ def plot_memory(measured: dict[str, Any], path: Path) -> None:
 
 
 def page(
-    study: Study, found: dict[str, Any], runs: dict[str, list[Result]], memory: dict[str, Any] | None, folder: Path
+    study: Study, table: dict[str, Any], runs: dict[str, list[Result]], memory: dict[str, Any] | None, folder: Path
 ) -> str:
-    """The page: HTML that holds its images."""
-    made = sum(saved_result(job, folder) is not None for job in (*study.tuning(), *final_jobs(study, folder)))
-    wanted = len(study.tuning()) + len(study.trials) * len(study.seeds)
-    started = [r for results in runs.values() for r in results]
+    """Return a study's page as HTML that contains its images.
+
+    table: from `study_table`; runs: each method's final results.
+    """
+    done = sum(saved_result(job, folder) is not None for job in (*study.tuning(), *final_jobs(study, folder)))
+    total = len(study.tuning()) + len(study.trials) * len(study.seeds)
+    final = [r for results in runs.values() for r in results]
     parts = [f"<p>{escape(_setup(study))}</p>"]
-    if not started or (made < wanted and not _is_settled(study, found, runs)):
-        parts.append(f"<p><strong>Not finished:</strong> {made} of {wanted} runs are done.</p>")
-    if found["methods"]:
+    if not final or (done < total and not _is_complete(study, table, runs)):
+        parts.append(f"<p><strong>Not finished:</strong> {done} of {total} runs are done.</p>")
+    if table["methods"]:
         parts += [
             "<h2>Results on test data</h2>",
-            _results(found["methods"], found["metric"]),
-            f"<p>{escape(_notes(study, found))}</p>",
+            _results(table["methods"], table["metric"]),
+            f"<p>{escape(_notes(study, table))}</p>",
         ]
-    if any(not r["failure"] for r in started):
+    if any(not r["failure"] for r in final):
         text = "Means over seeds; bands: plus and minus one standard error. Dashed: the controls."
         parts += ["<h2>Curves</h2>", html_image(folder / "curves.png", text)]
-        parts += ["<h2>Bytes per client and round</h2>", _bytes(found["methods"])]
+        parts += ["<h2>Bytes per client and round</h2>", _bytes(table["methods"])]
     if memory is not None:
         parts += [
             "<h2>Memory of a client</h2>",
             html_image(folder / "memory.png", memory_note(memory)),
             _memory(memory),
         ]
-    parts += ["<h2>Tuning: every trial, on validation data</h2>", _tuning(study, found)]
-    machines = {json.dumps(r["machine"], sort_keys=True): r["machine"] for r in started}
+    parts += ["<h2>Tuning: every trial, on validation data</h2>", _tuning(study, table)]
+    machines = {json.dumps(r["machine"], sort_keys=True): r["machine"] for r in final}
     if memory is not None:
         machines.setdefault("memory", memory["machine"])
     parts.append("<h2>Machine and versions</h2>")
@@ -161,9 +165,9 @@ def page(
     return document(_title(study), parts)
 
 
-def _is_settled(study: Study, found: dict[str, Any], runs: dict[str, list[Result]]) -> bool:
-    """Every method has its runs, or none of its trials worked."""
-    return all(r["trial"] is None or len(runs[m]) == len(study.seeds) for m, r in found["methods"].items())
+def _is_complete(study: Study, table: dict[str, Any], runs: dict[str, list[Result]]) -> bool:
+    """Whether every method has all its final runs, except those of which no trial worked."""
+    return all(r["trial"] is None or len(runs[m]) == len(study.seeds) for m, r in table["methods"].items())
 
 
 def _title(study: Study) -> str:
@@ -171,11 +175,11 @@ def _title(study: Study) -> str:
 
 
 def _setup(study: Study) -> str:
-    tried = {len(t) for t in study.trials.values()}
-    equal = f"{tried.pop()} trials each" if len(tried) == 1 else f"unequal numbers of trials: {study.unequal}"
+    counts = {len(t) for t in study.trials.values()}
+    trials = f"{counts.pop()} trials each" if len(counts) == 1 else f"unequal numbers of trials: {study.unequal}"
     return (
         f"{len(study.trials)} methods, {study.rounds} rounds. Settings were chosen on validation data, seeds"
-        f" {_comma_separated(study.tuning_seeds)}, {equal}; results are of test data, seeds"
+        f" {_comma_separated(study.tuning_seeds)}, {trials}; results are of test data, seeds"
         f" {_comma_separated(study.seeds)}."
     )
 
@@ -184,34 +188,34 @@ def _comma_separated(values: Sequence[object]) -> str:
     return ", ".join(map(str, values))
 
 
-def _notes(study: Study, found: dict[str, Any]) -> str:
+def _notes(study: Study, table: dict[str, Any]) -> str:
     text = "± is the standard error of the mean over seeds. Seconds are those of a run, one thread, beside other runs."
-    if any(r["loss_gap_recovered"] is not None for r in found["methods"].values()):
+    if any(r["loss_gap_recovered"] is not None for r in table["methods"].values()):
         text += (
             " Gap recovered: the share of the way from the frozen client to the first-order one; in equal seconds: by"
             " what is reached when first-order's run ends."
         )
-    if found["lower_is_better"]:
-        text += f" The lower the {found['metric']}, the better."
-    text += f" {at_ends(found)}".rstrip()
+    if table["lower_is_better"]:
+        text += f" The lower the {table['metric']}, the better."
+    text += f" {at_ends(table)}".rstrip()
     both = set(study.seeds) & set(study.tuning_seeds)
     return text + (f" Seeds {_comma_separated(sorted(both))} were also tuned on." if both else "")
 
 
-def at_ends(found: dict[str, Any]) -> str:
-    """Which chosen values lie at an end of what was tried, of three values or more; "" where none does.
+def at_ends(table: dict[str, Any]) -> str:
+    """Return a sentence naming chosen values at an end of their grid, where a wider grid might do better; "" for none.
 
-    found: as `study_table` gives it. Nothing lies beyond 0, and a grid of two values has ends alone.
+    table: from `study_table`. Values of 0 are not named, nor grids of fewer than three values.
     """
     listed = []
-    for method, row in found["methods"].items():
-        tried = [trial for trial in found["trials"] if trial["method"] == method]
-        chosen: dict[str, Any] = next((trial["choice"] for trial in tried if trial["trial"] == row["trial"]), {})
+    for method, row in table["methods"].items():
+        trials = [trial for trial in table["trials"] if trial["method"] == method]
+        chosen: dict[str, Any] = next((trial["choice"] for trial in trials if trial["trial"] == row["trial"]), {})
         ends = []
         for name, value in chosen.items():
             if isinstance(value, (str, bool)):
                 continue
-            values = sorted({trial["choice"][name] for trial in tried})
+            values = sorted({trial["choice"][name] for trial in trials})
             if len(values) > 2 and value in (values[0], values[-1]) and value:
                 ends.append(f"{name.replace('_', ' ')} {value:g}")
         if ends:
@@ -222,7 +226,7 @@ def at_ends(found: dict[str, Any]) -> str:
 
 
 def number(value: float | None, error: float | None = None, places: int = 4) -> str:
-    """A number as the page shows it, with its standard error if there is one."""
+    """Format a number for the page, with its standard error if there is one; None as ""."""
     if value is None:
         return ""
     return f"{value + 0.0:.{places}f}" + ("" if error is None else f" ± {error:.{places}f}")
@@ -238,12 +242,12 @@ def _results(methods: dict[str, Any], metric: str) -> str:
         if row["trial"] is None:
             seeds = "failed: no trial worked"
         elif row["failures"]:
-            seeds = "failed: " + "; ".join(f"seed {s}, {why}" for s, why in row["failures"].items())
+            seeds = "failed: " + "; ".join(f"seed {s}, {reason}" for s, reason in row["failures"].items())
         scores = [number(row[q], row[f"{q}_error"]) for q in ("accuracy", "loss")]
-        shares = [f"{q}_gap_{at}" for at in ("recovered", "in_equal_seconds") for q in ("accuracy", "loss")]
+        shares = [f"{q}_gap_{kind}" for kind in ("recovered", "in_equal_seconds") for q in ("accuracy", "loss")]
         gaps = [number(row[share], None, 2) for share in shares]
-        moved = sum(row["bytes_per_client_round"].values()) / 1e3 if row["seeds"] else None
-        rows.append([method, *scores, *gaps, number(moved, None, 1), number(row["seconds"], None, 1), seeds])
+        kilobytes = sum(row["bytes_per_client_round"].values()) / 1e3 if row["seeds"] else None
+        rows.append([method, *scores, *gaps, number(kilobytes, None, 1), number(row["seconds"], None, 1), seeds])
     return html_table(head, rows)
 
 
@@ -256,11 +260,11 @@ def _bytes(methods: dict[str, Any]) -> str:
 
 
 def memory_note(measured: dict[str, Any]) -> str:
-    """What the memory figures are."""
-    what = "the allocator's peak" if measured["device"] == "cuda" else "the growth of the resident set"
+    """Return a sentence that explains the figures of memory."""
+    quantity = "the allocator's peak" if measured["device"] == "cuda" else "the growth of the resident set"
     return (
-        f"One client in a process of its own: {what} during a round, above the weights of its half. The dotted line:"
-        f" {measured['bound']:.2f} times float32 inference plus three cut tensors, the bound for"
+        f"One client in a process of its own: {quantity} during a round, above the weights of its half. The dotted"
+        f" line: {measured['bound']:.2f} times float32 inference plus three cut tensors, the bound for"
         f" {', '.join(BOUNDED)}; the last may have two cut tensors more."
     )
 
@@ -274,23 +278,23 @@ def _memory(measured: dict[str, Any]) -> str:
     return html_table(["", "peak, MB", "cut tensor, MB", "of inference + 3 cuts"], rows)
 
 
-def _tuning(study: Study, found: dict[str, Any]) -> str:
+def _tuning(study: Study, table: dict[str, Any]) -> str:
     rows, classes = [], []
-    for trial in found["trials"]:
+    for trial in table["trials"]:
         method = trial["method"]
         choice = ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in trial["choice"].items())
-        why = ""
+        failed = ""
         if trial["failures"]:
-            why = f"failed {len(trial['failures'])} of {len(study.tuning_seeds)}: {trial['failures'][0]}"
-        rows.append([method, choice, number(trial["accuracy"]), number(trial["loss"]), why])
-        classes.append("best" if found["methods"].get(method, {}).get("trial") == trial["trial"] else "")
-    return html_table(["", "settings", f"validation {found['metric']}", "validation loss", ""], rows, classes)
+            failed = f"failed {len(trial['failures'])} of {len(study.tuning_seeds)}: {trial['failures'][0]}"
+        rows.append([method, choice, number(trial["accuracy"]), number(trial["loss"]), failed])
+        classes.append("best" if table["methods"].get(method, {}).get("trial") == trial["trial"] else "")
+    return html_table(["", "settings", f"validation {table['metric']}", "validation loss", ""], rows, classes)
 
 
 def _machine(m: dict[str, Any]) -> str:
-    where = m["gpu"] or f"{m['processor']}, {m['cores']} cores"
+    hardware = m["gpu"] or f"{m['processor']}, {m['cores']} cores"
     sets = ", ".join(f"{name} {isa}" for name, isa in m.get("instruction_sets", {}).items())
-    where += f", instruction sets {sets}" if sets else ""  # older runs don't say
+    hardware += f", instruction sets {sets}" if sets else ""  # earlier versions did not record them
     packages = ", ".join(f"{p} {m[p]}" for p in ("hosfl", "torch", "triton", "numpy") if m.get(p))
     threads = f"{m['threads']} thread" + "s" * (m["threads"] > 1)
-    return f"{where}, {threads}; {m['system']}, Python {m['python']}, {packages}."
+    return f"{hardware}, {threads}; {m['system']}, Python {m['python']}, {packages}."

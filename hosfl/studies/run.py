@@ -1,4 +1,4 @@
-"""A study from where it is to its end."""
+"""Running a study to its end, from the results that its folder has."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from statistics import mean
 from typing import Any
 
 from hosfl.files import FolderLock, write_json
-from hosfl.runs.assemble import rates_of, task_of
+from hosfl.runs.assemble import make_checked_task, rates_of
 from hosfl.runs.config import Config
 from hosfl.runs.memory import client_memory
 from hosfl.runs.report import metric
@@ -26,44 +26,49 @@ from hosfl.tasks.task import Task
 
 @dataclass(frozen=True)
 class StudyProgress:
-    """How far a study is. seconds_left: None before any run has ended. ended: of the run that just did, a line."""
+    """The progress of a study.
+
+    done: of `runs`, those that have ended. seconds_left: an estimate; None before any run has ended. last_result: a
+    line about the run that has just ended, or "".
+    """
 
     phase: str
     done: int
     runs: int
     seconds_left: float | None
-    ended: str = ""
+    last_result: str = ""
 
 
 def run_study(
     study: Study, folder: Path, workers: int = 1, progress: Callable[[StudyProgress], None] = lambda state: None
 ) -> bool:
-    """Run what the folder does not hold yet; True if nothing is left, False if Ctrl-C came first.
+    """Make the runs whose results the folder lacks. Returns True if the study is complete, False after Ctrl-C.
 
-    Writes table.json when all is there. Raises ValueError if the folder holds another study, naming what differs, or a
-    file that is damaged or was made of other data; and if another process is at work in it. Before any run it raises
-    what tasks raise whose data, model or rates are not there. Raises ChildProcessError as `run_jobs` does.
-    A study whose first run cannot start leaves nothing.
+    Writes table.json at the end. A study whose first run cannot start leaves no folder.
+
+    Raises ValueError if the folder holds another study, naming what differs, or a result that is damaged or of other
+    data, and if another process works in it. Before any run, raises what tasks raise if data, model or rates are
+    missing. Raises ChildProcessError as `run_jobs` does.
     """
     try:
-        contents = ProvenanceCheck(check_tasks(study))
+        provenance = ProvenanceCheck(check_tasks(study))
         folder.mkdir(parents=True, exist_ok=True)
         others = (path for path in folder.iterdir() if path.name != "lock" and not path.name.startswith("."))
         if not (folder / "study.yaml").exists() and any(others):
             raise ValueError(f"{folder} holds no study, and is not empty: choose another folder")
         with closing(FolderLock(folder, "study")):
-            mine = not (folder / "study.yaml").exists()
+            is_new = not (folder / "study.yaml").exists()
             try:
                 claim_folder(study, folder)
                 for job in (*study.tuning(), *final_jobs(study, folder)):
                     if (result := saved_result(job, folder)) is not None:
-                        contents.check(job, result, folder)
-                return _run_all(study, folder, workers, progress, contents)
+                        provenance.check(job, result, folder)
+                return _run_all(study, folder, workers, progress, provenance)
             except Exception:
-                if mine and not (folder / TUNING).exists():  # it came to nothing: mended, it may be given again
+                if is_new and not (folder / TUNING).exists():  # no result: the corrected study may use this folder
                     for name in ("study.yaml", "lock"):
                         (folder / name).unlink(missing_ok=True)
-                    with contextlib.suppress(OSError):  # it holds something else, which is not ours
+                    with contextlib.suppress(OSError):  # it holds files of others
                         folder.rmdir()
                 raise
     except KeyboardInterrupt:
@@ -71,12 +76,12 @@ def run_study(
 
 
 def _run_all(
-    study: Study, folder: Path, workers: int, progress: Callable[[StudyProgress], None], contents: ProvenanceCheck
+    study: Study, folder: Path, workers: int, progress: Callable[[StudyProgress], None], provenance: ProvenanceCheck
 ) -> bool:
-    """Both phases, what is to be measured beside them, and the table. False: interrupted."""
-    if not _run_jobs(study, study.tuning(), folder, workers, progress, contents):
+    """Run both phases, measure the clients' memory, and write the table. False: interrupted."""
+    if not _run_jobs(study, study.tuning(), folder, workers, progress, provenance):
         return False
-    if not _run_jobs(study, final_jobs(study, folder), folder, workers, progress, contents):
+    if not _run_jobs(study, final_jobs(study, folder), folder, workers, progress, provenance):
         return False
     if study.memory and saved_memory(folder) is None:
         _write(folder / "client-memory.json", client_memory(study.memory))
@@ -84,7 +89,7 @@ def _run_all(
     return True
 
 
-DataKey = tuple[str, str, str, int, str, str]  # the settings that say which data and model
+DataKey = tuple[str, str, str, int, str, str]  # the settings that determine data and model
 
 
 def _data_key(config: Config) -> DataKey:
@@ -93,21 +98,21 @@ def _data_key(config: Config) -> DataKey:
 
 
 def check_tasks(study: Study) -> dict[DataKey, str]:
-    """Find out what cannot work now, rather than when a method's turn comes. Raises what tasks raise.
+    """Make every task of the study and look up its rates, so that errors come before the first run.
 
-    Returns the digest of each of the study's data.
+    Returns the digest of the data of each task. Raises what tasks raise.
     """
     tasks: dict[DataKey, Task] = {}
     for job in study.tuning():
         key = _data_key(job.config)
         if key not in tasks:
-            tasks[key] = task_of(job.config)
+            tasks[key] = make_checked_task(job.config)
         rates_of(tasks[key], job.config)
     return {key: task.digest() for key, task in tasks.items()}
 
 
 class ProvenanceCheck:
-    """Checks that all runs of a study used the same data, and runs with the same settings of a model the same model."""
+    """Checks that runs with the same task used the same data, and runs with the same model settings the same model."""
 
     def __init__(self, data: dict[DataKey, str]) -> None:
         self.data = data
@@ -115,9 +120,9 @@ class ProvenanceCheck:
         self._warned = False
 
     def check(self, job: Job, result: Result, folder: Path) -> None:
-        """Raises ValueError, naming the job's file, if its result was made of something else than the study's."""
+        """Raises ValueError, naming the job's file, if its result was made of other data or of another model."""
         path, config = folder / job.file, job.config
-        if "provenance" not in result:  # made before results said it
+        if "provenance" not in result:  # an earlier version made it
             if not self._warned:
                 warnings.warn(f"{path} does not say of what data and model it was made: it is taken", stacklevel=2)
             self._warned = True
@@ -130,8 +135,8 @@ class ProvenanceCheck:
                 " back, or take another folder"
             )
         calibrated = (config.calibrate, config.aggregation) if config.calibrate else ()
-        alike = (*_data_key(config), config.trains, config.frozen, config.dtype, config.seed, calibrated)
-        first, where = self._models.setdefault(alike, (model, job.file)) if model else (model, "")
+        model_key = (*_data_key(config), config.trains, config.frozen, config.dtype, config.seed, calibrated)
+        first, where = self._models.setdefault(model_key, (model, job.file)) if model else (model, "")
         if model != first:
             raise ValueError(
                 f"{path} was made of another model than {folder / where} (digest {model[:16]}, there {first[:16]}): put"
@@ -150,53 +155,52 @@ def _run_jobs(
     folder: Path,
     workers: int,
     progress: Callable[[StudyProgress], None],
-    contents: ProvenanceCheck,
+    provenance: ProvenanceCheck,
 ) -> bool:
-    """The jobs that have no result yet. False: interrupted."""
+    """Run the jobs of a phase that have no result yet, and write their results. False: interrupted."""
     todo = [job for job in jobs if saved_result(job, folder) is None]
-    took = _seconds_by_method(study, folder)
+    seconds = _seconds_by_method(study, folder)
     left = {job.file: job for job in todo}
     total = len(study.tuning()) + len(study.trials) * len(study.seeds)
     before = 0 if jobs and jobs[0].phase == TUNING else len(study.tuning())
 
-    def tell(ended: str = "") -> None:
-        known = [s for found in took.values() for s in found]
+    def report_progress(last_result: str = "") -> None:
+        known = [value for values in seconds.values() for value in values]
         waiting = [job.method for job in left.values()]
         if jobs and jobs[0].phase == TUNING:
             waiting += [method for method in study.trials for _ in study.seeds]
-        of = {method: mean(took.get(method, known)) for method in waiting} if known else {}
-        seconds = sum(of[method] for method in waiting) / workers if known else None
+        expected = {method: mean(seconds.get(method, known)) for method in waiting} if known else {}
+        seconds_left = sum(expected[method] for method in waiting) / workers if known else None
         phase = jobs[0].phase if jobs else FINAL
-        progress(StudyProgress(phase, before + len(jobs) - len(left), total, seconds, ended))
+        progress(StudyProgress(phase, before + len(jobs) - len(left), total, seconds_left, last_result))
 
-    tell()
+    report_progress()
     for job, result in run_jobs(todo, workers):
         if result is None:
             return False
-        # A run that diverged has no summary that says it.
-        made_of = {
+        source = {  # for a run that diverged, whose result has none
             "settings": job.config.decisive(),
-            "data": contents.data[_data_key(job.config)],
+            "data": provenance.data[_data_key(job.config)],
             "model": "",
             "log": "",
         }
-        contents.check(job, result := {"provenance": made_of, "jobs": workers, **result}, folder)
+        provenance.check(job, result := {"provenance": source, "jobs": workers, **result}, folder)
         _write(folder / job.file, result)
         del left[job.file]
-        took.setdefault(job.method, []).append(result["seconds"])
-        tell(_result_line(job, result))
+        seconds.setdefault(job.method, []).append(result["seconds"])
+        report_progress(_result_line(job, result))
     return True
 
 
 def _result_line(job: Job, result: Result) -> str:
-    reached = result["failure"] or f"{metric(result['scores'])} {result['accuracy']:.4f}, loss {result['loss']:.4f}"
-    return f"{job.method}, trial {job.trial}, seed {job.config.seed}: {reached}, {result['seconds']:.0f} s"
+    outcome = result["failure"] or f"{metric(result['scores'])} {result['accuracy']:.4f}, loss {result['loss']:.4f}"
+    return f"{job.method}, trial {job.trial}, seed {job.config.seed}: {outcome}, {result['seconds']:.0f} s"
 
 
 def _seconds_by_method(study: Study, folder: Path) -> dict[str, list[float]]:
-    """What each method's runs took so far."""
-    took: dict[str, list[float]] = {}
+    """Return the seconds of each method's runs so far."""
+    seconds: dict[str, list[float]] = {}
     for job in (*study.tuning(), *final_jobs(study, folder)):
         if (result := saved_result(job, folder)) is not None:
-            took.setdefault(job.method, []).append(result["seconds"])
-    return took
+            seconds.setdefault(job.method, []).append(result["seconds"])
+    return seconds

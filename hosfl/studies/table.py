@@ -1,4 +1,4 @@
-"""What a study found: its trials, the best of each method, and the rows of its table."""
+"""The results of a study: its trials, the best one of each method, and its table."""
 
 from __future__ import annotations
 
@@ -15,20 +15,22 @@ from hosfl.studies.study import QUANTITIES, Job, Result, Study, choices
 
 
 def trial_rows(study: Study, folder: Path) -> list[dict[str, Any]]:
-    """Every trial that has all its runs: validation figures by seed and their means. Of a failed run, and of a trial
-    that has one, they are None."""
+    """Return a row for each trial whose runs have all ended: validation figures by seed, and their means.
+
+    The figures of a failed run are None, and so are the means of its trial.
+    """
     rows = []
     jobs = study.tuning()
     for (method, n), group in itertools.groupby(jobs, lambda job: (job.method, job.trial)):
-        found = [saved_result(job, folder) for job in group]
-        runs = [run for run in found if run is not None]
-        if len(runs) < len(found):
+        results = [saved_result(job, folder) for job in group]
+        runs = [run for run in results if run is not None]
+        if len(runs) < len(results):
             continue
         failures = [run["failure"] for run in runs if run["failure"]]
         row = {"method": method, "trial": n, "choice": choices(study.grids[method])[n], "failures": failures}
-        for name, each in zip(QUANTITIES, ("accuracies", "losses"), strict=True):
-            row[each] = [None if run["failure"] else run[name] for run in runs]
-            row[name] = None if failures else mean(row[each])
+        for name, plural in zip(QUANTITIES, ("accuracies", "losses"), strict=True):
+            row[plural] = [None if run["failure"] else run[name] for run in runs]
+            row[name] = None if failures else mean(row[plural])
         rows.append(row)
     return rows
 
@@ -43,32 +45,32 @@ def best_trials(study: Study, folder: Path) -> dict[str, int | None]:
     sign = -1 if _metric(study, folder)[1] else 1
 
     def merit(row: dict[str, Any]) -> tuple[float, ...]:
-        accuracy, loss = (mean(v for v in row[each] if v is not None) for each in ("accuracies", "losses"))
+        accuracy, loss = (mean(v for v in row[plural] if v is not None) for plural in ("accuracies", "losses"))
         return -len(row["failures"]), sign * accuracy, -loss
 
     for method, group in itertools.groupby(trial_rows(study, folder), lambda row: row["method"]):
         rows = [row for row in group if len(row["failures"]) < len(row["losses"])]
-        top = max(rows, key=merit, default=None)
-        chosen[method] = None if top is None else top["trial"]
+        best = max(rows, key=merit, default=None)
+        chosen[method] = None if best is None else best["trial"]
     return chosen
 
 
 def final_jobs(study: Study, folder: Path) -> list[Job]:
-    """The final runs of each method whose trials have all their runs, as far as one of them worked."""
+    """Return the final runs of each method whose tuning is complete, unless none of its trials worked."""
     ended = Counter(row["method"] for row in trial_rows(study, folder))
-    chosen = best_trials(study, folder).items()
-    whole = [(method, n) for method, n in chosen if n is not None and ended[method] == len(study.trials[method])]
-    return [job for method, n in whole for job in study.final(method, n)]
+    best = best_trials(study, folder).items()
+    tuned = [(method, n) for method, n in best if n is not None and ended[method] == len(study.trials[method])]
+    return [job for method, n in tuned for job in study.final(method, n)]
 
 
 def study_table(study: Study, folder: Path) -> dict[str, Any]:
-    """What the study found so far: a row per method of its final runs, and every trial.
+    """Return the study's results so far: a row for each method's final runs, if all trials have ended, and all trials.
 
-    Means are over the runs that did not fail; error: the standard error of a mean over seeds, None for one seed. jobs:
-    of how many runs at a time the method's were; none where they were made before results said it.
+    Means are over the runs that did not fail. error: the standard error of a mean over seeds, None for one seed. jobs:
+    the numbers of runs at a time of the method's runs; earlier versions did not record it.
     """
-    tried = trial_rows(study, folder)
-    complete = len(tried) == sum(map(len, study.trials.values()))
+    trials = trial_rows(study, folder)
+    complete = len(trials) == sum(map(len, study.trials.values()))
     rows: dict[str, Any] = {}
     for method, trial in best_trials(study, folder).items() if complete else ():
         runs = [] if trial is None else [saved_result(job, folder) for job in study.final(method, trial)]
@@ -77,12 +79,12 @@ def study_table(study: Study, folder: Path) -> dict[str, Any]:
     for row in rows.values():
         del row["curves"]
     name, lower = _metric(study, folder)
-    what = {"rounds": study.rounds, "unequal": study.unequal, "metric": name, "lower_is_better": lower}
-    return {**what, "machine": machine(), "methods": rows, "trials": tried}
+    head = {"rounds": study.rounds, "unequal": study.unequal, "metric": name, "lower_is_better": lower}
+    return {**head, "machine": machine(), "methods": rows, "trials": trials}
 
 
 def _metric(study: Study, folder: Path) -> tuple[str, bool]:
-    """What the study's task calls the accuracy, and whether less of it is better, as far as a run has said so."""
+    """Return (the name of the task's first score, whether lower is better), from the first run that did not fail."""
     runs = (saved_result(job, folder) for job in study.tuning())
     run: Result = next((run for run in runs if run and not run["failure"]), {"scores": {}})
     name = metric(run["scores"])
@@ -108,23 +110,24 @@ def _row(study: Study, method: str, trial: int | None, runs: Sequence[Result]) -
     }
     for name in ("seconds", "forward_seconds", "answer_seconds"):
         row[name] = mean(run[name] for run in good) if good else None
-    row["jobs"] = sorted({run["jobs"] for run in good if "jobs" in run})  # at a time, which says what seconds are worth
+    row["jobs"] = sorted({run["jobs"] for run in good if "jobs" in run})  # runs at a time, on which seconds depend
     row["curves"] = [run["evaluations"] for run in good]
     row["replicas_equal"] = all(run["replicas"]["equal"] for run in good) if good else None
     return row
 
 
 def _add_gap(rows: dict[str, Any]) -> None:
-    """The share of the way from the frozen client to the first-order one, where the study has one of each.
+    """Add to every row the share of the gap between the controls that it recovers, if the study has one of each.
 
-    Of several of a kind the control is the one that is called "frozen" or "first-order".
-    At equal rounds, and in equal seconds: what a method has reached when the last of first-order's runs ends, between
-    two evaluations by linear interpolation. A run that has ended by then keeps its result.
+    The controls are the frozen client and the first-order one; of several rows of a kind, the one that is called
+    "frozen" or "first-order". The share is given at equal rounds and in equal seconds: with a method's value at the end
+    of the last of first-order's runs, linearly interpolated between evaluations. A run that has ended by then keeps its
+    last value.
     """
 
     def control(kind: str) -> list[dict[str, Any]]:
-        of = {m: r for m, r in rows.items() if r["settings"] and r["settings"].get("method", "ho") == kind}
-        chosen = [of[kind]] if kind in of else list(of.values())
+        of_kind = {m: r for m, r in rows.items() if r["settings"] and r["settings"].get("method", "ho") == kind}
+        chosen = [of_kind[kind]] if kind in of_kind else list(of_kind.values())
         return [r for r in chosen if r["accuracy"] is not None]
 
     low, high = control("frozen"), control("first-order")
@@ -134,14 +137,14 @@ def _add_gap(rows: dict[str, Any]) -> None:
         if len(low) == len(high) == 1 and row["curves"]:
             controls = low[0][q], high[0][q]
             row[f"{q}_gap_recovered"] = gap_recovered(row[q], *controls)
-            by_then = [_value_at(curve, end, q) for curve in row["curves"]]
-            known = [value for value in by_then if value is not None]
-            if len(known) == len(by_then):
+            at_end = [_value_at(curve, end, q) for curve in row["curves"]]
+            known = [value for value in at_end if value is not None]
+            if len(known) == len(at_end):
                 row[f"{q}_gap_in_equal_seconds"] = gap_recovered(mean(known), *controls)
 
 
 def _value_at(curve: Sequence[Mapping[str, Any]], seconds: float, quantity: str) -> float | None:
-    """What a run had reached after so many seconds; None before its first evaluation, when nobody knows."""
+    """Return a curve's value after so many seconds, linearly interpolated; None before its first evaluation."""
     curve = [e for e in curve if e[quantity] is not None]
     after = next((n for n, e in enumerate(curve) if e["seconds"] >= seconds), len(curve))
     if after == len(curve):
@@ -151,5 +154,5 @@ def _value_at(curve: Sequence[Mapping[str, Any]], seconds: float, quantity: str)
         return float(b[quantity])
     if after == 0:
         return None
-    part = (seconds - a["seconds"]) / (b["seconds"] - a["seconds"])
-    return float(a[quantity] + part * (b[quantity] - a[quantity]))
+    fraction = (seconds - a["seconds"]) / (b["seconds"] - a["seconds"])
+    return float(a[quantity] + fraction * (b[quantity] - a[quantity]))

@@ -1,4 +1,4 @@
-"""YAML 1.2's core schema, for the files of studies. PyYAML's own loaders read YAML 1.1."""
+"""A parser of YAML 1.2's core schema, for studies' files. PyYAML's own loaders read YAML 1.1."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 else:
     yaml = require("yaml", "a study's file")
 
-MAX_VALUES = 100_000  # of a file
+MAX_VALUES = 100_000
 MAX_CHARACTERS = 1 << 20
 
-# Of a plain scalar's tag: how it is written, and what it is.
+# By the tag of a plain scalar: the pattern of its text, and the function that converts it.
 _SCALARS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "null": (r"~|null|Null|NULL|", lambda text: None),
     "bool": (r"true|True|TRUE|false|False|FALSE", lambda text: text.lower() == "true"),
@@ -26,12 +26,12 @@ _SCALARS: dict[str, tuple[str, Callable[[str], Any]]] = {
         lambda text: float(re.sub(r"\.(?=[a-zA-Z])", "", text)),
     ),
     "merge": (r"<<", str),
-    "str": (r"[^\ud800-\udfff]*", str),  # an escape makes half a character, which no file can hold
+    "str": (r"[^\ud800-\udfff]*", str),  # no lone surrogate, which an escape can make and no file can hold
 }
 
 
 class _Loader(yaml.BaseLoader):  # type: ignore[misc, unused-ignore]  # with and without its stubs
-    """Finds the tags of plain scalars; where several fit, the first one's."""
+    """A loader that finds the tags of plain scalars; if several patterns fit, the first one's."""
 
 
 for _tag, (_pattern, _) in _SCALARS.items():
@@ -39,18 +39,18 @@ for _tag, (_pattern, _) in _SCALARS.items():
 
 
 def parse_yaml(text: str) -> Any:
-    """The mappings, lists and scalars of YAML 1.2's core schema, and merge keys. Raises ValueError, saying where.
+    """Parse mappings, lists and scalars of YAML 1.2's core schema, and merge keys.
 
-    A key that is there twice is refused; one that is merged gives way.
+    A mapping's own keys override merged ones. Raises ValueError, naming the place, also for a key that occurs twice.
     """
-    made = 0
+    count = 0
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"more than {MAX_CHARACTERS} characters: too large")
 
     def value(node: yaml.Node) -> Any:
-        nonlocal made
-        made += 1  # what an alias stands for counts every time
-        if made > MAX_VALUES:
+        nonlocal count
+        count += 1  # the values of an alias count each time
+        if count > MAX_VALUES:
             raise ValueError(f"more than {MAX_VALUES} values: too large")
         kind = node.tag.removeprefix("tag:yaml.org,2002:")
         if isinstance(node, yaml.MappingNode) and kind == "map":
@@ -59,10 +59,10 @@ def parse_yaml(text: str) -> Any:
             return [value(item) for item in node.value]
         if not isinstance(node, yaml.ScalarNode) or kind not in _SCALARS:
             raise ValueError(f"there is no use for the tag {node.tag!r}{_location(node)}")
-        pattern, of = _SCALARS[kind]
+        pattern, convert = _SCALARS[kind]
         if not re.fullmatch(pattern, node.value):
             raise ValueError(f"{node.value!r} is no {kind}{_location(node)}")
-        return of(node.value)
+        return convert(node.value)
 
     def mapping(node: yaml.MappingNode) -> dict[Any, Any]:
         merged: dict[Any, Any] = {}
@@ -71,18 +71,18 @@ def parse_yaml(text: str) -> Any:
         for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
                 raise ValueError(f"a key must be one word or number{_location(key_node)}")
-            key, of = value(key_node), value(value_node)
+            key, content = value(key_node), value(value_node)
             merge = key_node.tag.endswith(":merge")
             if key in own or (merge and merges):
                 raise ValueError(f"{key!r} is there twice, the second time{_location(key_node)}")
             if not merge:
-                own[key] = of
+                own[key] = content
                 continue
             merges += 1
-            for base in of if isinstance(of, list) else [of]:
+            for base in content if isinstance(content, list) else [content]:
                 if not isinstance(base, dict):
                     raise ValueError(f"<< merges a mapping, or a list of them, and got {base!r}{_location(key_node)}")
-                merged = base | merged  # of several, the first one's
+                merged = base | merged  # the first of several has precedence
         return merged | own
 
     try:
@@ -95,7 +95,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def _describe_error(error: yaml.YAMLError) -> str:
-    """What is wrong and where, in one line."""
+    """Return the problem and its place, in one line."""
     mark = getattr(error, "problem_mark", None)
     where = "" if mark is None else f" in line {mark.line + 1}, column {mark.column + 1}"
     reasons = [getattr(error, name, None) for name in ("context", "problem")]

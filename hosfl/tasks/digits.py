@@ -1,4 +1,4 @@
-"""Real handwritten digits, and the same inverted and noisy for a network pretrained on them."""
+"""Real handwritten digits; and the same, inverted and noisy, for a network pretrained on the originals."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from hosfl.tasks.task import Task
 
 
 def digits_model(seed: int) -> SplitModel:
-    """A CNN of 416 trained and 119 fixed client parameters, and 290 server parameters.
+    """Make a split CNN of 416 trained and 119 fixed client parameters, and 290 server parameters.
 
     The client half learns 16 5x5 features of the picture; a fixed 1x1 convolution mixes them into 7 channels. The
-    server half is weak on purpose: it sees the largest value of each channel in each quarter of the picture, and cannot
-    make up for a client half that never learns.
+    server half is weak on purpose: it gets only the largest value of each channel in each quarter of the picture, and
+    cannot make up for a client half that never learns.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed % 2**63)
@@ -42,6 +42,7 @@ def digits_model(seed: int) -> SplitModel:
 
 
 def digits_task(config: Settings) -> Task:
+    """Make the task "digits": handwritten digits and a small CNN, with tuned rates."""
     if config.data or config.model or config.at:
         raise ValueError("the digits task has its own data and model: leave out data, model and at")
     return Task.of(
@@ -65,23 +66,23 @@ def digits_task(config: Settings) -> Task:
 
 
 def inverted_task(config: Settings) -> Task:
-    """A pretrained network whose inputs change: digits in inverted colours, and noisy.
+    """Make the task "digits-inverted": a network pretrained on the digits, and inverted, noisy digits to adapt it to.
 
-    The model of the digits task, trained whole and first-order on the digits as they are; then every picture is
-    inverted and gets normal noise of a fifth of the range. What the first layer has learnt is of little use then, and a
-    server half cannot mend it.
+    The model of the digits task is first trained as a whole, with exact gradients, on the original digits. Then every
+    picture is inverted and gets normal noise of a fifth of the range. What the first layer has learnt is of little use
+    for these, and the server half cannot make up for it.
     """
     clean, splits = digits_task(config), digits()
-    changed = inverted(splits)
+    changed = invert(splits)
 
     def model() -> SplitModel:
-        return pretrained(digits_model(torch.initial_seed()), splits.train, torch.initial_seed())
+        return pretrain(digits_model(torch.initial_seed()), splits.train, torch.initial_seed())
 
     return replace(clean, train=changed.train, validation=changed.validation, test=changed.test, model=model)
 
 
-def pretrained(halves: SplitModel, data: Dataset, seed: int) -> SplitModel:
-    """Train both halves together with Adam, rate 0.02 falling to zero; returns them, changed in place."""
+def pretrain(halves: SplitModel, data: Dataset, seed: int) -> SplitModel:
+    """Train both halves together, in place, with Adam at a rate that falls from 0.02 to zero. Returns them."""
     steps, batch = 300, 128
     parameters = [p for half in (halves.client, halves.server) for p in half.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=0.02)
@@ -99,9 +100,8 @@ def pretrained(halves: SplitModel, data: Dataset, seed: int) -> SplitModel:
 DIGITS_MEAN, DIGITS_DEVIATION = 0.305, 0.376  # of the training part's pixels, black 0 and white 1
 
 
-def inverted(splits: Splits) -> Splits:
-    """Digits with black and white exchanged and normal noise, a fifth of the range, on every pixel, the same
-    in every run."""
+def invert(splits: Splits) -> Splits:
+    """Exchange black and white, and add normal noise of a fifth of the range to every pixel; the same in every run."""
     random = torch.Generator().manual_seed(0)
 
     def change(data: Dataset) -> Dataset:
@@ -114,9 +114,10 @@ def inverted(splits: Splits) -> Splits:
 
 
 def digits() -> Splits:
-    """The 1,797 handwritten digits that scikit-learn carries, float32 [n, 1, 8, 8]: 60 / 20 / 20 percent.
+    """Load the 1,797 handwritten digits that scikit-learn carries, float32 [n, 1, 8, 8]: 60 / 20 / 20 percent.
 
-    Standardised by mean and deviation of the training part. The parts are stratified and the same in every run.
+    They are standardised by mean and deviation of the training part. The parts are stratified, and the same in every
+    run.
     Source: Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998.
     """
     train_test_split = require("sklearn.model_selection", "the task digits").train_test_split

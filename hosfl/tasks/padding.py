@@ -1,20 +1,20 @@
-"""Inputs of texts without the places that are padding in all of them: tensors, or numpy's arrays."""
+"""Removing the padding that all texts of a batch have in common, from tensors or numpy arrays."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-# Inputs that have a place for every token, where there is an attention mask, by the names that transformers give them.
-TOKENS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
+# Inputs with a value for every token, by their names in transformers.
+TOKEN_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
 
 
 def without_padding(inputs: Mapping[str, Any], tokens: int, longest: int) -> dict[str, Any] | None:
-    """The inputs of texts of `tokens` places, without those from `longest` on.
+    """Cut the inputs of texts, padded to `tokens` tokens, after the first `longest` tokens.
 
-    None where an input of a name of its own has as many numbers in a row: nobody knows whether they are of tokens.
+    None if an input of an unknown name also has `tokens` as its second size: it may or may not be one value per token.
     """
     wide = [name for name, x in inputs.items() if x.shape[1:2] == (tokens,)]
-    if not set(wide) <= set(TOKENS):
+    if not set(wide) <= set(TOKEN_INPUTS):
         return None
     return {name: x[:, :longest] if name in wide else x for name, x in inputs.items()}

@@ -1,4 +1,4 @@
-"""Pictures of files and of the Hugging Face hub, checked as `reading` checks other data."""
+"""Reading and checking pictures, from files and the Hugging Face hub; `reading` does it for other data."""
 
 from __future__ import annotations
 
@@ -17,77 +17,89 @@ from numpy.typing import NDArray
 from hosfl.extras import require
 from hosfl.tasks.reading import DataError, join_names, read_bytes
 
-PICTURES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's IMG_EXTENSIONS
-FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")  # others, such as EPS, run programs
-PICTURE_ENDS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG\r\n\x1a\n": b"IEND\xaeB`\x82"}  # of JPEG and PNG
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's IMG_EXTENSIONS
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "PPM",
+    "BMP",
+    "TIFF",
+    "WEBP",
+    "GIF",
+)  # of no others: for some, such as EPS, Pillow runs programs
+MARKERS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG\r\n\x1a\n": b"IEND\xaeB`\x82"}  # first and last bytes of JPEG, PNG
 
 
 def class_folders(
-    folder: Path, training: Sequence[str] = (), all_there: bool = True
+    folder: Path, training: Sequence[str] = (), require_all: bool = True
 ) -> tuple[list[str], list[tuple[Path, int]]]:
-    """The classes of a part, by the names of its folders, and its picture files with the number of their class.
+    """List a part's classes, which are the names of its folders, and its picture files with their class's number.
 
     training: the training part's classes; none: this is the training part. Classes are in the order of their names,
-    which are compared in Unicode's composed form. What begins with a dot is passed over; so is, with one warning, what
-    has another ending than pictures. all_there: False for one client's pictures, whose classes may be empty folders.
+    which are compared in Unicode's composed form. Names that begin with a dot are ignored; files that do not end like
+    pictures too, with one warning. require_all: False for one client's pictures, whose classes may be empty folders.
 
-    Raises OSError; DataError for a class that the training part has not, or that has no pictures there.
+    Raises OSError; DataError for a class that the training part lacks, and for one without pictures in it.
     """
-    own: dict[str, Path] = {}
-    others = []
+    class_paths: dict[str, Path] = {}
+    ignored = []
     for path in sorted(folder.iterdir()):
         name = unicodedata.normalize("NFC", path.name)
         if name.startswith("."):
             continue
         if not path.is_dir():
-            others.append(path)
+            ignored.append(path)
         elif training and name not in training:
             raise DataError(f"{path}: no class of the training part, whose folders are {join_names(training)}")
-        elif name in own:
-            raise DataError(f"{path} and {own[name]} are one name, written in two ways: put their pictures together")
+        elif name in class_paths:
+            raise DataError(
+                f"{path} and {class_paths[name]} are one name, written in two ways: put their pictures together"
+            )
         else:
-            own[name] = path
-    names = list(training) or sorted(own)
-    found = []
+            class_paths[name] = path
+    names = list(training) or sorted(class_paths)
+    pictures = []
     for label, name in enumerate(names):
-        files = _files(own[name]) if name in own else []
-        mine = [path for path in files if path.suffix.lower() in PICTURES]
-        if not mine and not training and all_there:
-            raise DataError(f"{own[name]}: a class without pictures; their names end in {', '.join(PICTURES)}")
-        others += [path for path in files if path.suffix.lower() not in PICTURES]
-        found += [(path, label) for path in mine]
-    if not found:
+        files = _list_files(class_paths[name]) if name in class_paths else []
+        of_class = [path for path in files if path.suffix.lower() in EXTENSIONS]
+        if not of_class and not training and require_all:
+            raise DataError(
+                f"{class_paths[name]}: a class without pictures; their names end in {', '.join(EXTENSIONS)}"
+            )
+        ignored += [path for path in files if path.suffix.lower() not in EXTENSIONS]
+        pictures += [(path, label) for path in of_class]
+    if not pictures:
         raise DataError(f"{folder}: no pictures; they belong into folders, one per class")
-    if others:
+    if ignored:
         warnings.warn(
-            f"{folder}: {len(others)} files are passed over, for their names do not end as those of pictures do, the"
-            f" first is {others[0]}",
+            f"{folder}: {len(ignored)} files are passed over, for their names do not end as those of pictures do, the"
+            f" first is {ignored[0]}",
             stacklevel=2,
         )
-    return names, found
+    return names, pictures
 
 
-def _files(folder: Path) -> list[Path]:
-    """All files of a folder and of those inside it, in the order of their names, without what begins with a dot."""
+def _list_files(folder: Path) -> list[Path]:
+    """List all files of a folder and its subfolders, sorted, without names that begin with a dot."""
 
     def fail(error: OSError) -> NoReturn:
         raise error
 
-    found, seen = [], set()
-    for here, folders, files in os.walk(folder, onerror=fail, followlinks=True):
-        seen.add(os.path.realpath(here))
+    paths, seen = [], set()
+    for parent, folders, files in os.walk(folder, onerror=fail, followlinks=True):
+        seen.add(os.path.realpath(parent))
         folders[:] = [
-            name for name in folders if name[0] != "." and os.path.realpath(os.path.join(here, name)) not in seen
+            name for name in folders if name[0] != "." and os.path.realpath(os.path.join(parent, name)) not in seen
         ]
-        found += [Path(here, name) for name in files if name[0] != "."]
-    return sorted(found)
+        paths += [Path(parent, name) for name in files if name[0] != "."]
+    return sorted(paths)
 
 
 def picture_file(path: Path, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """A picture of a size (width, height) as uint8 [height, width, 3]. Grey of 16 bits is scaled to 8.
+    """Read a picture of a size (width, height) as uint8 [height, width, 3]. Grey of 16 bits is scaled to 8.
 
-    Raises OSError; DataError for another size, before the picture is decoded, for a mode whose range is not known, and
-    for whatever Pillow raises; ImportError without Pillow.
+    Raises OSError; DataError for another size, before the picture is decoded, for a mode of unknown range, and for
+    whatever Pillow raises; ImportError without Pillow.
     """
     image = require("PIL.Image", "a picture")
     raw = read_bytes(path)
@@ -96,7 +108,7 @@ def picture_file(path: Path, size: tuple[int, int]) -> NDArray[np.uint8]:
 
 
 def _rgb(opened: Any, where: str, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """What Pillow has opened, in 8 bits."""
+    """Convert a picture opened by Pillow to uint8 [height, width, 3]."""
     if opened.size != size:
         raise DataError(f"{where}: a picture of {size[0]} x {size[1]} is needed, it has {opened.size}")
     if opened.mode == "F":
@@ -114,7 +126,7 @@ def _rgb(opened: Any, where: str, size: tuple[int, int]) -> NDArray[np.uint8]:
 
 @contextmanager
 def _pillow_errors_as_data_errors(where: str, raw: bytes | None = None) -> Iterator[None]:
-    """What Pillow raises for a damaged picture, which may be of any type, as a DataError."""
+    """Context manager that turns what Pillow raises for a damaged picture, of any type, into a DataError."""
     try:
         yield
     except DataError:
@@ -126,12 +138,12 @@ def _pillow_errors_as_data_errors(where: str, raw: bytes | None = None) -> Itera
                 message = f"its content is none of {', '.join(FORMATS)}"
             if not raw:
                 message = "it is empty"
-            if any(raw.startswith(begin) and end not in raw[-32:] for begin, end in PICTURE_ENDS.items()):
+            if any(raw.startswith(begin) and end not in raw[-32:] for begin, end in MARKERS.items()):
                 message = f"it is truncated: {message}"
         raise DataError(f"{where} cannot be read as a picture: {message}") from None
 
 
 def hub_picture(column: Any, number: int, where: str, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """A picture of a column, as `picture_file` has it. Raises DataError."""
+    """Return a picture of a hub data set's column, as `picture_file` does. Raises DataError."""
     with _pillow_errors_as_data_errors(where):
         return _rgb(column[number], where, size)

@@ -1,4 +1,4 @@
-"""What tasks with pretrained models share: their heads, where they are cut, and their loss."""
+"""Shared code of the tasks with pretrained models: the model's head, the place of the cut, and the loss."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from hosfl.tasks.task import Task
 
 
 def split_pretrained(name: str, head: str, at: int | str, outputs: int) -> SplitModel:
-    """A pretrained model under a head, cut in two."""
+    """Load a pretrained model with a head of `outputs` outputs, and split it."""
     return split(pretrained_model(name, head, num_labels=outputs), at)
 
 
 def cut_place(config: Settings) -> int | str:
-    """Where a pretrained model is cut: the third layer by default."""
+    """Return the place where a pretrained model is cut: the third layer by default."""
     at = config.at or "3"
     return int(at) if at.isdecimal() else at
 
@@ -31,17 +31,16 @@ def pretrained_task(
     classes: int,
     model: Callable[[int | str], SplitModel],
     config: Settings,
-    **more: Any,
+    **arguments: Any,
 ) -> Task:
-    """What tasks with pretrained models share: the place of the cut, the third layer by default, and cross-entropy.
+    """Make a task with a pretrained model, trained with cross-entropy.
 
-    data: see `Task.of`. model: from the place of the cut; what is random in it comes from the run's seed. more: of
-    `Task`.
+    data: see `Task.of`. model: makes the halves for a place of the cut, under the run's seed. arguments: of `Task`.
     """
     return Task.of(
         data,
         classes=classes,
         model=lambda: model(cut_place(config)),
         loss=nn.functional.cross_entropy,
-        **more,
+        **arguments,
     )

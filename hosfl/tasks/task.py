@@ -1,4 +1,4 @@
-"""`Task`: a model to cut, data, a loss and scores. The built-in tasks are made in the same way as a user's."""
+"""`Task`: a model to split, data, a loss and scores. Built-in tasks and users' tasks are made in the same way."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hosfl.halves.split import SplitModel, dtype_of, split
 from hosfl.settings import Rates, Settings
 from hosfl.tasks.data import Dataset, Splits, digest
-from hosfl.tasks.items import Items, datasets_of, global_seed, inputs_of, read, samples_of
+from hosfl.tasks.items import Items, as_dataset, as_datasets, as_inputs, global_seed, read
 from hosfl.tasks.reading import DataError
 
 Scores = dict[str, float]
@@ -23,12 +23,12 @@ Model = nn.Module | tuple[nn.Module, nn.Module] | Callable[..., Any]
 
 
 def adamw(half: nn.Module, decay: float) -> torch.optim.Optimizer:
-    """The default optimizer of the server half."""
+    """Make the default optimizer of the server half."""
     return torch.optim.AdamW(half.parameters(), betas=(0.9, 0.99), weight_decay=decay)
 
 
 class TaskError(TypeError):
-    """An argument of a task, or what its functions return, is of the wrong type; says what is needed."""
+    """An argument of a task, or the result of one of its functions, has the wrong type; says what is needed."""
 
 
 @dataclass(frozen=True)
@@ -96,38 +96,38 @@ class Task:
     rates: Mapping[Any, tuple[float, ...]] = field(default_factory=dict)
     scores: Callable[[Tensor, Dataset], Scores] | None = None
     generated: Callable[[SplitModel, Any], Scores] | None = None
-    _before: list[weakref.ref[nn.Module]] = field(default_factory=list, init=False, repr=False, compare=False)
+    _last_model: list[weakref.ref[nn.Module]] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         def put(name: str, value: Any) -> None:
             object.__setattr__(self, name, value)
 
-        put("train", datasets_of(self.train, "train"))
-        put("test", samples_of(self.test, "test"))
+        put("train", as_datasets(self.train, "train"))
+        put("test", as_dataset(self.test, "test"))
         if self.validation is not None:
-            put("validation", samples_of(self.validation, "validation"))
+            put("validation", as_dataset(self.validation, "validation"))
         if self.public is not None:
-            put("public", inputs_of(self.public, "public"))
+            put("public", as_inputs(self.public, "public"))
         if not callable(self.model) and not isinstance(self.model, tuple):
             raise TaskError(f"model is a {type(self.model).__name__}: a module, two halves or a function is needed")
-        for name, of in (("loss", "outputs and labels"), ("optimizer", "a half and its weight decay")):
-            if not callable(found := getattr(self, name)):
-                raise TaskError(f"{name} is a {type(found).__name__}: a function of {of} is needed")
+        for name, arguments in (("loss", "outputs and labels"), ("optimizer", "a half and its weight decay")):
+            if not callable(value := getattr(self, name)):
+                raise TaskError(f"{name} is a {type(value).__name__}: a function of {arguments} is needed")
         _check_metrics(self)
-        _check_lower(self)
-        for key, tuned in _mapping(self.rates, "rates", "rates by a method's name").items():
+        _check_lower_is_better(self)
+        for key, tuned in _require_mapping(self.rates, "rates", "rates by a method's name").items():
             _check_rates(key, tuned)
         if self.classes is not None:
             for name, data in self.sets():
                 _check_classes(name, data, self.classes, self.ignore_index)
         if self.groups is not None:
-            put("groups", self._grouped())
+            put("groups", self._checked_groups())
 
     def with_public(self, count: int) -> Task:
-        """The task with `count` evenly spread training samples, without their labels, as its public samples.
+        """Return the task with `count` training samples, evenly spread and without labels, as its public samples.
 
-        0: the task as it is. Raises ValueError if the data are divided over clients already, or no training sample
-        would be left.
+        They are no training samples any more. 0: the task as it is. Raises ValueError if the data are already divided
+        over clients, or no training sample would be left.
         """
         if not count:
             return self
@@ -144,14 +144,14 @@ class Task:
         return replace(self, train=self.train[rest], public=public, groups=groups)
 
     def sets(self) -> Iterator[tuple[str, Dataset | Items]]:
-        """(name for errors, data set) of all data sets, each client's by itself. The others must be like the first."""
+        """Yield (name for errors, data set) for every data set; where each client has its own, for each of these."""
         sets = self.train if isinstance(self.train, list) else [self.train]
-        yield from (("train" if len(sets) == 1 else f"train of client {n}", one) for n, one in enumerate(sets))
+        yield from (("train" if len(sets) == 1 else f"train of client {n}", data) for n, data in enumerate(sets))
         yield "test", self.test
         if self.validation is not None:
             yield "validation", self.validation
 
-    def _grouped(self) -> Tensor:
+    def _checked_groups(self) -> Tensor:
         if isinstance(self.train, list):
             raise ValueError("groups say how train is divided, and a list of sets is divided already: leave out groups")
         try:
@@ -165,85 +165,87 @@ class Task:
         return groups
 
     @classmethod
-    def of(cls, data: Splits | Dataset | Items, **more: Any) -> Task:
-        """A task with checked data, see `Splits`; or with one client's own samples for every part."""
+    def of(cls, data: Splits | Dataset | Items, **arguments: Any) -> Task:
+        """Make a task of checked data, see `Splits`; or of one client's own samples, which then are every part."""
         if not isinstance(data, Splits):
-            return cls(train=data, test=data, **more)
-        return cls(train=data.train, validation=data.validation, test=data.test, **more)
+            return cls(train=data, test=data, **arguments)
+        return cls(train=data.train, validation=data.validation, test=data.test, **arguments)
 
     def data(self, part: str) -> Dataset | Items:
-        """The data set "test" or "validation". Raises ValueError if there is none."""
-        found: Dataset | Items | None = getattr(self, part)
-        if found is None:
+        """Return the data set "test" or "validation". Raises ValueError if there is none."""
+        data: Dataset | Items | None = getattr(self, part)
+        if data is None:
             raise ValueError(f"the task has no {part} data: give some, or choose another evaluate_on")
-        return found
+        return data
 
     def halves(self, seed: int, at: str = "") -> SplitModel:
-        """Make the model and split it. seed: for random numbers in making it. at: where to cut; "": the task's `at`.
+        """Make the model and split it. seed: of the random numbers in making it. at: where to cut; "": the task's `at`.
 
-        Raises what `hosfl.split` raises, ValueError if it is unknown where to cut, and TaskError for what is no model.
+        Raises what `hosfl.split` raises; ValueError if no place to cut is known; TaskError for what is no model.
         """
         with global_seed(seed):
-            # A module is callable as well.
-            given = isinstance(self.model, (nn.Module, tuple))
-            made: Any = copy.deepcopy(self.model) if given else self._made()
-            if isinstance(made, tuple) and len(made) == 2 and all(isinstance(half, nn.Module) for half in made):
-                made = SplitModel(*made)
-            if isinstance(made, nn.Module):
-                _check_has_weights(made)
-            if isinstance(made, SplitModel):
+            is_module = isinstance(self.model, (nn.Module, tuple))  # a module is callable as well
+            model: Any = copy.deepcopy(self.model) if is_module else self._call_model()
+            if isinstance(model, tuple) and len(model) == 2 and all(isinstance(half, nn.Module) for half in model):
+                model = SplitModel(*model)
+            if isinstance(model, nn.Module):
+                _check_has_weights(model)
+            if isinstance(model, SplitModel):
                 if at:
                     raise ValueError(f"the task's model is cut already: leave out at = {at!r}")
-                return _untie(made)
-            if not isinstance(made, nn.Module):
-                raise TaskError(f"the task's model is a {type(made).__name__}: a module or two halves are needed")
+                return _untie(model)
+            if not isinstance(model, nn.Module):
+                raise TaskError(f"the task's model is a {type(model).__name__}: a module or two halves are needed")
             place = (int(at) if at.isdecimal() else at) if at else self.at
             if place is None:
                 raise ValueError("where is the model to be cut? Give the task at=, such as a layer's name or number")
             first = self.train[0] if isinstance(self.train, list) else self.train
-            return split(made, place, example=read(first[:2].to("cpu", dtype_of(made))).inputs)
+            return split(model, place, example=read(first[:2].to("cpu", dtype_of(model))).inputs)
 
-    def _made(self) -> Any:
-        """A model from the function. Raises ValueError if it is the same one as before, which a run has changed."""
+    def _call_model(self) -> Any:
+        """Call the function `model`. Raises ValueError for the same module again: a run has changed its weights."""
         assert callable(self.model)
-        made: Any = self.model()
-        first = made[0] if isinstance(made, tuple) and made else made
+        model: Any = self.model()
+        first = model[0] if isinstance(model, tuple) and model else model
         if isinstance(first, nn.Module):
-            if self._before and self._before[0]() is first:
+            if self._last_model and self._last_model[0]() is first:
                 raise ValueError(
                     "the task's function gives the same module again, which a run has changed: let it make a new one,"
                     " or give the module itself, which is copied"
                 )
-            self._before[:] = [weakref.ref(first)]
-        return made
+            self._last_model[:] = [weakref.ref(first)]
+        return model
 
     @property
     def per_token(self) -> bool:
         """Whether there is a label for each token."""
         return self.ignore_index is not None
 
-    def counted(self, labels: Tensor) -> int:
-        """The number of terms of which a batch's loss is the mean: samples, or labels that are not ignored."""
+    def count_terms(self, labels: Tensor) -> int:
+        """Return the number of terms whose mean is a batch's loss: of samples, or of labels that are not ignored."""
         return len(labels) if self.ignore_index is None else int((labels != self.ignore_index).sum())
 
-    def running(self, labels: Tensor) -> list[Any]:
-        """The metrics that take one batch after another, after a reset. labels: of any samples."""
+    def reset_streaming_metrics(self, labels: Tensor) -> list[Any]:
+        """Reset the metrics that take one batch after another, and return them. labels: of any samples."""
         metrics = [metric for metric in self._metrics(labels).values() if _is_streaming_metric(metric)]
         for metric in metrics:
             metric.reset()
         return metrics
 
     def keeps_outputs(self, labels: Tensor) -> bool:
-        """Whether any score needs the outputs for the whole data set at once. labels: of any samples."""
+        """Whether any score needs the outputs of the whole data set at once. labels: of any samples."""
         return self.scores is not None or not all(map(_is_streaming_metric, self._metrics(labels).values()))
 
     def score(self, outputs: Tensor, data: Dataset, loss: float) -> Scores:
-        """The scores of a data set, after the `running` metrics have seen all batches. loss: its mean loss."""
+        """Return the scores of a data set, by name. The streaming metrics must have seen all its batches.
+
+        outputs: of the whole set, or empty unless `keeps_outputs`. loss: the set's mean loss.
+        """
         if self.scores is not None:
-            found = self.scores(outputs, data)
-            if not isinstance(found, Mapping) or not found:
-                raise TaskError(f"the task's scores are {found!r}: numbers by name are needed")
-            return {name: _as_number(value, name) for name, value in found.items()}
+            scores = self.scores(outputs, data)
+            if not isinstance(scores, Mapping) or not scores:
+                raise TaskError(f"the task's scores are {scores!r}: numbers by name are needed")
+            return {name: _as_number(value, name) for name, value in scores.items()}
         metrics = self._metrics(data.labels)
         if not metrics and self.generated is None:
             return {"score": -loss}
@@ -257,8 +259,8 @@ class Task:
             return self.metrics
         return {} if labels.is_floating_point() or labels.dim() > 1 else {"accuracy": accuracy}
 
-    def check_scored(self, outputs: Tensor, labels: Tensor) -> None:
-        """Raises TaskError if the default accuracy does not fit these outputs."""
+    def check_default_metric(self, outputs: Tensor, labels: Tensor) -> None:
+        """Raises TaskError if the default metric, accuracy, does not fit these outputs."""
         default = self.metrics is None and self.scores is None and "accuracy" in self._metrics(labels)
         if default and not (outputs.dim() == 2 and outputs.shape[1] > 1):
             raise TaskError(
@@ -266,26 +268,28 @@ class Task:
                 f" ({len(labels)}, classes), and not {tuple(outputs.shape)}: give metrics=, or real labels"
             )
 
-    def lower(self, scores: Iterable[str]) -> list[str]:
-        """The scores among these that are better when smaller. Raises TaskError for unknown names in
-        `lower_is_better`."""
-        scores = list(scores)
-        _check_known_scores(self.lower_is_better, scores)
-        said = [
+    def select_lower_is_better(self, scores: Iterable[str]) -> list[str]:
+        """Return those of these scores' names whose values are better when lower.
+
+        Raises TaskError for a name in `lower_is_better` that no score has.
+        """
+        names = list(scores)
+        _check_known_scores(self.lower_is_better, names)
+        by_metric = [
             name for name, metric in (self.metrics or {}).items() if getattr(metric, "higher_is_better", None) is False
         ]
-        return [name for name in scores if name in self.lower_is_better or name in said]
+        return [name for name in names if name in self.lower_is_better or name in by_metric]
 
     def digest(self) -> str:
-        """SHA-256, in hexadecimal, of the data and of the groups by which they are divided; not of their paths.
+        """Return the SHA-256, in hexadecimal, of the data and of `groups`, but not of where the data lie.
 
-        Of sets that are read item by item it covers their length and up to 1,024 items: see `Items.digest`.
+        Of a set that is read item by item it covers the length and up to 1,024 items: see `Items.digest`.
         """
         parts = {"train": self.train, "validation": self.validation, "test": self.test}
         return digest({"splits": parts, "groups": self.groups})
 
     def rates_of(self, key: tuple[str, ...], settings: Settings) -> Rates:
-        """The rates of the settings, or else the task's. Raises ValueError if there are neither.
+        """Return the rates of the settings, or else the task's. Raises ValueError if there are neither.
 
         key: `Method.tuned`; `rates` may have it, or its first part alone. A method without a client rate has the key
         ("frozen",).
@@ -294,16 +298,16 @@ class Task:
 
 
 def lookup_rates(rates: Mapping[Any, tuple[float, ...]], key: tuple[str, ...], settings: Settings) -> Rates:
-    """`Task.rates_of` for these rates."""
-    found, frozen = rates.get(key, rates.get(key[0])), key == ("frozen",)
-    if found is None:
+    """Return what `Task.rates_of` returns for these rates."""
+    rate, frozen = rates.get(key, rates.get(key[0])), key == ("frozen",)
+    if rate is None:
         client_rate = 1.0 if frozen else settings.client_rate
         if not settings.server_rate or not client_rate:
-            what = "server_rate" if frozen else "server_rate and client_rate"
-            there = f", only for {', '.join(map(str, rates))}" if rates else ""
-            raise ValueError(f"no rates are tuned for {' '.join(key)}{there}: give {what}")
-        found = (settings.server_rate, client_rate, 0.0)
-    tuned = Rates(*found, *(0.0,) * (3 - len(found)))
+            needed = "server_rate" if frozen else "server_rate and client_rate"
+            known = f", only for {', '.join(map(str, rates))}" if rates else ""
+            raise ValueError(f"no rates are tuned for {' '.join(key)}{known}: give {needed}")
+        rate = (settings.server_rate, client_rate, 0.0)
+    tuned = Rates(*rate, *(0.0,) * (3 - len(rate)))
     return Rates(
         server=settings.server_rate or tuned.server,
         client=settings.client_rate or tuned.client,
@@ -326,61 +330,64 @@ def _untie(halves: SplitModel) -> SplitModel:
     `split` copies only the modules above such a weight. These halves may have any structure, so all of the server's
     modules are copied, with references among them preserved.
     """
-    mine = {*halves.client.parameters(), *halves.client.buffers()}
+    client = {*halves.client.parameters(), *halves.client.buffers()}
     server = {*halves.server.parameters(), *halves.server.buffers()}
-    if mine & server:
-        halves.server = copy.deepcopy(halves.server, {id(kept): kept for kept in server - mine})
+    if client & server:
+        halves.server = copy.deepcopy(halves.server, {id(tensor): tensor for tensor in server - client})
     return halves
 
 
-def _mapping(value: Any, name: str, of: str) -> Mapping[Any, Any]:
+def _require_mapping(value: Any, name: str, content: str) -> Mapping[Any, Any]:
     if not isinstance(value, Mapping):
-        raise TaskError(f"{name} is a {type(value).__name__}: a mapping is needed, {of}")
+        raise TaskError(f"{name} is a {type(value).__name__}: a mapping is needed, {content}")
     return value
 
 
 def _check_metrics(task: Task) -> None:
-    for name, of in (("scores", "outputs and a data set"), ("generated", "halves and a data set")):
-        found = getattr(task, name)
-        if found is not None and not callable(found):
-            raise TaskError(f"{name} is a {type(found).__name__}: a function of {of} is needed")
+    for name, arguments in (("scores", "outputs and a data set"), ("generated", "halves and a data set")):
+        value = getattr(task, name)
+        if value is not None and not callable(value):
+            raise TaskError(f"{name} is a {type(value).__name__}: a function of {arguments} is needed")
     if task.metrics is None:
         return
     if task.scores is not None:
         raise ValueError("metrics and scores: give one of them")
-    if not _mapping(task.metrics, "metrics", "functions of outputs and labels by name") and task.generated is None:
+    if (
+        not _require_mapping(task.metrics, "metrics", "functions of outputs and labels by name")
+        and task.generated is None
+    ):
         raise ValueError("metrics is empty: name one, or leave it out")
     for name, metric in task.metrics.items():
         if not isinstance(name, str) or not (callable(metric) or _is_streaming_metric(metric)):
             raise TaskError(f"the metric {name!r} is a {type(metric).__name__}: a function, by a name, is needed")
 
 
-def _check_lower(task: Task) -> None:
+def _check_lower_is_better(task: Task) -> None:
     names = task.lower_is_better
     if isinstance(names, str) or not isinstance(names, Sequence):
         raise TaskError(f"lower_is_better is {names!r}: a tuple of names of metrics is needed")
-    if task.scores is None and task.generated is None:  # of which nobody knows the names before there are some
+    if task.scores is None and task.generated is None:  # whose names are unknown before the first evaluation
         _check_known_scores(names, task.metrics or ())
 
 
 def _check_known_scores(names: Sequence[str], scores: Iterable[str]) -> None:
-    there = list(scores)
+    known = list(scores)
     for name in names:
-        if name not in there:
+        if name not in known:
             raise TaskError(
-                f"lower_is_better has {name!r}, and the task's metrics are {', '.join(there) or 'left out'}"
+                f"lower_is_better has {name!r}, and the task's metrics are {', '.join(known) or 'left out'}"
             )
 
 
 def _check_rates(key: Any, tuned: Any) -> None:
     try:
         server, client, decay = (float(rate) for rate in (*tuned, 0.0)[:3])
-        right = (
+        valid = (
             len(tuned) in (2, 3) and min(server, client) > 0 and decay >= 0 and math.isfinite(server + client + decay)
         )
     except (TypeError, ValueError):
-        right = False
-    if not right:
+        valid = False
+    if not valid:
         raise ValueError(
             f"rates of {key!r} are {tuned!r}: a server rate and a client rate are needed, positive, and a weight decay"
             " where there is one"
@@ -388,20 +395,20 @@ def _check_rates(key: Any, tuned: Any) -> None:
 
 
 def _check_classes(name: str, data: Dataset | Items, classes: int, ignored: int | None) -> None:
-    """Check labels that are in memory; the server checks the others."""
+    """Raises DataError for labels that are no classes. Checks only labels in memory; the server checks the others."""
     if isinstance(data, Items):
         return
     counted = data.labels if ignored is None else data.labels[data.labels != ignored]
-    least, most = (float(counted.min()), float(counted.max())) if len(counted) else (0.0, 0.0)
-    if data.labels.is_floating_point() or least < 0 or most >= classes:
+    low, high = (float(counted.min()), float(counted.max())) if len(counted) else (0.0, 0.0)
+    if data.labels.is_floating_point() or low < 0 or high >= classes:
         raise DataError(
-            f"{name} has labels from {least:g} to {most:g}, {data.labels.dtype}: with classes = {classes} they are"
+            f"{name} has labels from {low:g} to {high:g}, {data.labels.dtype}: with classes = {classes} they are"
             f" integers from 0 to {classes - 1}"
         )
 
 
 def accuracy(outputs: Tensor, labels: Tensor) -> float:
-    """The fraction of samples whose largest output is the one of their class."""
+    """Return the fraction of samples whose largest output is that of their class."""
     return float((outputs.argmax(-1) == labels).double().mean())
 
 

@@ -1,4 +1,4 @@
-"""A decoder as a classifier: after a prompt, which of the classes' words does it expect next?"""
+"""A decoder as a classifier: its outputs are the logits of the classes' words as the token after a prompt."""
 
 from __future__ import annotations
 
@@ -12,22 +12,21 @@ from hosfl.halves.modules import replace_submodule
 from hosfl.halves.split import SplitModel, split
 
 
-def first_tokens(name: str, end: str, words: Sequence[str]) -> list[int]:
-    """The first token of each word as a model's tokenizer writes it behind the end of a prompt.
+def first_tokens(name: str, prompt_end: str, words: Sequence[str]) -> list[int]:
+    """Return the first token of each word as a model's tokenizer encodes it after the end of a prompt.
 
-    Raises ValueError naming words that begin with the same token: the model's next token cannot tell them apart.
+    Raises ValueError for words that begin with the same token: the next token does not distinguish them.
     """
     tokenizer = tokenizer_of(name)
 
     def ids(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    before = ids(end)
+    prompt = ids(prompt_end)
     tokens: dict[int, str] = {}
     for word in words:
-        both = ids(end + word)
-        # Not simply what is behind the prompt: a tokenizer may join its end with the word's beginning.
-        token = next(t for i, t in enumerate(both) if i >= len(before) or t != before[i])
+        # The first token that differs, since a tokenizer may join the prompt's end with the word's beginning.
+        token = next(t for i, t in enumerate(ids(prompt_end + word)) if i >= len(prompt) or t != prompt[i])
         if token in tokens:
             piece = tokenizer.convert_ids_to_tokens(token)
             raise ValueError(f"{tokens[token]!r} and {word!r} begin with the same token of {name}, {piece!r}")
@@ -36,7 +35,7 @@ def first_tokens(name: str, end: str, words: Sequence[str]) -> list[int]:
 
 
 class SelectedRows(nn.Module):
-    """Some rows of an output layer: hidden states [..., width] -> logits [..., len(tokens)]."""
+    """An output layer restricted to some tokens: hidden states [..., width] -> logits [..., len(tokens)]."""
 
     def __init__(self, layer: nn.Module, tokens: Sequence[int]) -> None:
         super().__init__()
@@ -49,7 +48,7 @@ class SelectedRows(nn.Module):
 
 
 class LastToken(nn.Module):
-    """A server half's logits [batch, length, n] at each sample's last token, on whichever side its padding is."""
+    """A server half whose outputs [batch, n] are the logits at each sample's last token, whichever side is padded."""
 
     def __init__(self, server: nn.Module) -> None:
         super().__init__()
@@ -59,22 +58,22 @@ class LastToken(nn.Module):
         logits: Tensor = self.server(cut, attention_mask=attention_mask)
         if attention_mask is None:
             return logits[:, -1]
-        places = torch.arange(logits.shape[1], device=logits.device)
-        last = (places * attention_mask).argmax(1)
+        positions = torch.arange(logits.shape[1], device=logits.device)
+        last = (positions * attention_mask).argmax(1)
         return logits[torch.arange(len(logits), device=logits.device), last]
 
 
-def with_words(model: nn.Module, tokens: Sequence[int]) -> nn.Module:
-    """A causal language model whose logits are those of some tokens only; shares the model's weights."""
+def select_tokens(model: nn.Module, tokens: Sequence[int]) -> nn.Module:
+    """Return a causal language model that outputs the logits of some tokens only; it shares the model's weights."""
     layer = model.get_output_embeddings()  # type: ignore[operator]
     path = next(path for path, module in model.named_modules() if module is layer)
     return replace_submodule(model, path, SelectedRows(layer, tokens))
 
 
-def split_with_words(model: nn.Module, tokens: Sequence[int], at: int | str) -> SplitModel:
-    """A causal language model cut in two, whose output is the logits of some tokens behind the text, [batch, tokens].
+def split_with_selected_tokens(model: nn.Module, tokens: Sequence[int], at: int | str) -> SplitModel:
+    """Split a causal language model whose outputs are the logits of some tokens as the next one, [batch, len(tokens)].
 
-    Raises what `hosfl.split.split` raises.
+    Raises what `hosfl.split` raises.
     """
-    halves = split(with_words(model, tokens), at)
+    halves = split(select_tokens(model, tokens), at)
     return SplitModel(halves.client, LastToken(halves.server))

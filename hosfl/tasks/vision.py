@@ -1,4 +1,4 @@
-"""Pictures: CIFAR-10 and CIFAR-100 from folders or the hub, small residual networks, and inputs that change."""
+"""Classification of pictures: CIFAR-10 and CIFAR-100, also noisy or inverted, by small residual networks."""
 
 from __future__ import annotations
 
@@ -24,12 +24,17 @@ from hosfl.tasks.task import Task
 HUB = {"cifar10": ("uoft-cs/cifar10", "label"), "cifar100": ("uoft-cs/cifar100", "fine_label")}
 CLASSES = {"cifar10": 10, "cifar100": 100}
 SIZE = (32, 32)
-MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as published CIFAR weights have them
+MEAN, DEVIATION = (
+    (0.485, 0.456, 0.406),
+    (0.229, 0.224, 0.225),
+)  # ImageNet's, with which the published weights were trained
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions and a shortcut without parameters, the option A of He et al., 2016: where pictures get
-    smaller and wider, every second pixel, and zeros for the new channels."""
+    """Two 3x3 convolutions and a shortcut without parameters (option A of He et al., 2016).
+
+    Where pictures get smaller and channels more, the shortcut takes every second pixel, and zeros for the new channels.
+    """
 
     def __init__(self, width: int, out: int, stride: int) -> None:
         super().__init__()
@@ -37,12 +42,13 @@ class Block(nn.Module):
         self.bn1 = nn.BatchNorm2d(out)
         self.conv2 = nn.Conv2d(out, out, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(out)
-        self.stride, self.more = stride, out - width
+        self.stride, self.new_channels = stride, out - width
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn2(self.conv2(nn.functional.relu(self.bn1(self.conv1(x)))))
-        if self.more:
-            x = nn.functional.pad(x[..., :: self.stride, :: self.stride], (0, 0, 0, 0, self.more // 2, self.more // 2))
+        if self.new_channels:
+            padding = self.new_channels // 2
+            x = nn.functional.pad(x[..., :: self.stride, :: self.stride], (0, 0, 0, 0, padding, padding))
         return nn.functional.relu(x + y)
 
 
@@ -70,11 +76,11 @@ class CifarResNet(nn.Module):
 
 
 def pretrained_resnet(path: Path, classes: int) -> CifarResNet:
-    """A CifarResNet with the weights of a file: the state dictionary, or a checkpoint that has one as "state_dict".
+    """Load a CifarResNet from a file: a state dictionary, or a checkpoint that has one as "state_dict".
 
-    Names may begin with "module." and call the last layer "linear", as the weights published with
-    github.com/akamaster/pytorch_resnet_cifar10 do. The depth is read from the names. A last layer for another number
-    of classes is left out: it starts random. Raises OSError; DataError naming the file and what does not fit.
+    Names may begin with "module.", and call the last layer "linear", as in the weights published with
+    github.com/akamaster/pytorch_resnet_cifar10. The depth follows from the names. A last layer for another number of
+    classes is replaced by a random one. Raises OSError; DataError naming the file and what does not fit.
     """
     raw = read_bytes(path)
     try:
@@ -84,7 +90,7 @@ def pretrained_resnet(path: Path, classes: int) -> CifarResNet:
             for name, value in saved.get("state_dict", saved).items()
         }
         finite = {name: bool(value.isfinite().all()) for name, value in state.items()}
-    except Exception as error:  # of any type: the file may hold anything
+    except Exception as error:  # of any type, since the file may hold anything
         raise DataError(f"{path} holds no state dictionary of tensors: {error}") from None
     for name in state:
         if not finite[name]:
@@ -99,64 +105,65 @@ def pretrained_resnet(path: Path, classes: int) -> CifarResNet:
     return model
 
 
-def pictures(name: str, folder: Path | None) -> Splits:
-    """CIFAR-10 or CIFAR-100, float32 [n, 3, 32, 32], standardised with ImageNet's mean and deviation.
+def load_pictures(name: str, folder: Path | None) -> Splits:
+    """Load CIFAR-10 or CIFAR-100, float32 [n, 3, 32, 32], standardised with ImageNet's mean and deviation.
 
-    folder: with train/CLASS/ and test/CLASS/ of picture files; classes are numbered in the order of the training part's
-    names, which for CIFAR-10 is the official one. None: the hub's data set, which needs the package datasets and a
-    network. A tenth of the training part is held out as validation data. Raises OSError; DataError naming the file;
-    ImportError.
+    folder: with picture files in train/CLASS/ and test/CLASS/; classes are numbered in the order of the training part's
+    names, which is CIFAR-10's official order. None: the hub's data set, which needs the package datasets and a network.
+    A tenth of the training part is held out as validation data. Raises OSError; DataError naming the file; ImportError.
     """
     if folder is None:
-        return _from_hub(name)
-    names, train = _classes_of(name, folder / "train")
+        return _load_from_hub(name)
+    names, train = _list_pictures(name, folder / "train")
     _, test = class_folders(folder / "test", names)
-    return _from_files(*(tuple(File.of(path, label) for path, label in part) for part in (train, test)))
+    return _load_files(*(tuple(PictureFile.of(path, label) for path, label in part) for part in (train, test)))
 
 
-def noisy(splits: Splits, noise: float = 0.2, inverted: bool = False) -> Splits:
-    """Pictures with normal noise, of a share of the range, on every pixel and channel, the same in every run.
+def add_noise(splits: Splits, noise: float = 0.2, inverted: bool = False) -> Splits:
+    """Add normal noise to every pixel and channel, the same in every run.
 
-    inverted: their colours are exchanged for the opposite ones first.
+    noise: its deviation, as a share of the range. inverted: whether colours are inverted first.
     """
     random = torch.Generator().manual_seed(0)
     parts = (splits.train, splits.validation, splits.test)
-    return Splits(*(_noisy(part, random, noise, inverted) for part in parts))
+    return Splits(*(_add_noise(part, random, noise, inverted) for part in parts))
 
 
-def _noisy(data: Dataset, random: torch.Generator, noise: float, inverted: bool) -> Dataset:
+def _add_noise(data: Dataset, random: torch.Generator, noise: float, inverted: bool) -> Dataset:
     mean, deviation = (torch.tensor(v)[:, None, None] for v in (MEAN, DEVIATION))
     assert isinstance(data.inputs, Tensor)
     pictures = (1 - 2 * mean) / deviation - data.inputs if inverted else data.inputs
     return Dataset(pictures + noise / deviation * torch.randn(pictures.shape, generator=random), data.labels)
 
 
-CHANGES: dict[str, dict[str, Any]] = {
+VARIANTS: dict[
+    str, dict[str, Any]
+] = {  # of a task's pictures, by the second part of its name: arguments of `add_noise`
     "noisy": {"noise": 0.2, "inverted": False},
     "inverted": {"noise": 0.1, "inverted": True},
 }
 
 
-def own_pictures(config: Settings, path: Path, longest: int) -> Dataset:
-    """One client's samples: a folder with one for each class, empty ones too, or with such a folder called train."""
-    name, _, change = config.task.partition("-")
-    _, found = _classes_of(name, path / "train" if (path / "train").is_dir() else path, all_there=False)
-    pixels = [picture_file(file, SIZE) for file, _ in found]
-    data = _standardised(pixels, [label for _, label in found])
-    return _noisy(data, torch.Generator().manual_seed(0), **CHANGES[change]) if change else data
+def read_client_pictures(config: Settings, path: Path, longest: int) -> Dataset:
+    """Read one client's samples: a folder with a folder for each class, which may be empty; or its folder train."""
+    name, _, variant = config.task.partition("-")
+    _, pictures = _list_pictures(name, path / "train" if (path / "train").is_dir() else path, require_all=False)
+    data = _make_dataset([picture_file(file, SIZE) for file, _ in pictures], [label for _, label in pictures])
+    return _add_noise(data, torch.Generator().manual_seed(0), **VARIANTS[variant]) if variant else data
 
 
-def _classes_of(name: str, folder: Path, all_there: bool = True) -> tuple[list[str], list[tuple[Path, int]]]:
-    names, found = class_folders(folder, all_there=all_there)
+def _list_pictures(name: str, folder: Path, require_all: bool = True) -> tuple[list[str], list[tuple[Path, int]]]:
+    """Call `class_folders` for a part that must have as many classes as the data set."""
+    names, pictures = class_folders(folder, require_all=require_all)
     if len(names) != CLASSES[name]:
         raise DataError(
             f"{folder}: {CLASSES[name]} folders, one per class, are needed, there are {len(names)}: {', '.join(names)}"
         )
-    return names, found
+    return names, pictures
 
 
-class File(NamedTuple):
-    """A picture file as it is now: another one as soon as it is written again."""
+class PictureFile(NamedTuple):
+    """A picture file in its current version, as a key of a cache: it is unequal once the file is written again."""
 
     path: Path
     label: int
@@ -164,62 +171,65 @@ class File(NamedTuple):
     changed: tuple[int, int]
 
     @classmethod
-    def of(cls, path: Path, label: int) -> File:
-        found = path.stat()
-        return cls(path, label, found.st_size, (found.st_mtime_ns, found.st_ctime_ns))
+    def of(cls, path: Path, label: int) -> PictureFile:
+        status = path.stat()
+        return cls(path, label, status.st_size, (status.st_mtime_ns, status.st_ctime_ns))
 
 
-@lru_cache(maxsize=1)  # a study's runs follow one another in one process
-def _from_files(train: tuple[File, ...], test: tuple[File, ...]) -> Splits:
-    return _parts(
+@lru_cache(maxsize=1)  # for a study, whose runs follow one another in one process
+def _load_files(train: tuple[PictureFile, ...], test: tuple[PictureFile, ...]) -> Splits:
+    return _hold_out_validation(
         *(
-            _standardised([picture_file(file.path, SIZE) for file in part], [file.label for file in part])
+            _make_dataset([picture_file(file.path, SIZE) for file in part], [file.label for file in part])
             for part in (train, test)
         )
     )
 
 
 @lru_cache(maxsize=1)
-def _from_hub(name: str) -> Splits:
-    where, column = HUB[name]
+def _load_from_hub(name: str) -> Splits:
+    where, label_column = HUB[name]
     names = ("train", "test")
     numbers = [str(number) for number in range(CLASSES[name])]
-    found: list[Dataset] = []
+    parts: list[Dataset] = []
     for part, rows in zip(names, load_from_hub(where, parts=names), strict=True):
-        given, opened = (hub_column(rows, one, f"{where}, {part}") for one in (column, "img"))
-        samples = [(f"{where}, {part}, row {number}", {"label": label}) for number, label in enumerate(given)]
-        labels = class_numbers(samples, numbers, training=found[0].labels.unique().tolist() if found else ())
-        pixels = [hub_picture(opened, number, place, SIZE) for number, (place, _) in enumerate(samples)]
-        found.append(_standardised(pixels, labels))
-    return _parts(*found)
+        raw_labels, pictures = (hub_column(rows, column, f"{where}, {part}") for column in (label_column, "img"))
+        samples = [(f"{where}, {part}, row {number}", {"label": label}) for number, label in enumerate(raw_labels)]
+        labels = class_numbers(samples, numbers, training=parts[0].labels.unique().tolist() if parts else ())
+        pixels = [hub_picture(pictures, number, place, SIZE) for number, (place, _) in enumerate(samples)]
+        parts.append(_make_dataset(pixels, labels))
+    return _hold_out_validation(*parts)
 
 
-def _parts(train: Dataset, test: Dataset) -> Splits:
-    kept, held = map(torch.from_numpy, split_held_out(train.labels.numpy()))
-    return Splits(train[kept], train[held], test)
+def _hold_out_validation(train: Dataset, test: Dataset) -> Splits:
+    kept, held_out = map(torch.from_numpy, split_held_out(train.labels.numpy()))
+    return Splits(train[kept], train[held_out], test)
 
 
-def _standardised(pixels: list[NDArray[Any]], labels: list[int]) -> Dataset:
+def _make_dataset(pixels: list[NDArray[Any]], labels: list[int]) -> Dataset:
+    """Standardise pictures, uint8 [32, 32, 3] each, and make a data set of them."""
     mean, deviation = (np.asarray(v, dtype=np.float32) for v in (MEAN, DEVIATION))
     inputs = (np.stack(pixels).astype(np.float32) / 255 - mean) / deviation
     return Dataset(torch.from_numpy(inputs).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels, dtype=torch.int64))
 
 
-def pictures_task(config: Settings, own: Dataset | None = None) -> Task:
-    """CIFAR-10 or CIFAR-100 and a pretrained residual network.
+def pictures_task(config: Settings, samples: Dataset | None = None) -> Task:
+    """Make a task of CIFAR-10 or CIFAR-100 and a pretrained residual network.
 
-    "cifar10-noisy": the pictures become noisy; "cifar10-inverted": their colours are inverted, with half that noise.
+    "cifar10-noisy" adds noise to the pictures; "cifar10-inverted" inverts their colours and adds half as much noise.
 
-    config.data: see `pictures`. config.model: a file, see `pretrained_resnet`. The cut is
-    before "layer2.0" by default: the client half has the first convolution and the first stage. own: a client's
-    samples, in place of all parts, and changed already.
+    config.data: see `load_pictures`. config.model: a file, see `pretrained_resnet`. By default the cut is before
+    "layer2.0": the client half has the first convolution and the first stage. samples: one client's samples from
+    `read_client_pictures`, instead of all parts.
     """
     if not config.model:
         raise ValueError(f"the {config.task} task needs a model: a file with its weights, such as resnet20-12fca82f.th")
-    name, _, change = config.task.partition("-")
-    data: Splits | Dataset = pictures(name, Path(config.data) if config.data else None) if own is None else own
-    if change and isinstance(data, Splits):
-        data = noisy(data, **CHANGES[change])
+    name, _, variant = config.task.partition("-")
+    data: Splits | Dataset = (
+        load_pictures(name, Path(config.data) if config.data else None) if samples is None else samples
+    )
+    if variant and isinstance(data, Splits):
+        data = add_noise(data, **VARIANTS[variant])
 
     def model(at: int | str) -> SplitModel:
         return split(pretrained_resnet(Path(config.model), CLASSES[name]), at)

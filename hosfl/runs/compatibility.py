@@ -1,4 +1,4 @@
-"""Checks, on a few samples before the first round, that a task, its data and a split model go together."""
+"""Checks, by passes of a few samples before the first round, that a task, its data and a split model fit each other."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from hosfl.tasks.items import Items, read
 from hosfl.tasks.reading import DataError
 from hosfl.tasks.task import Task, TaskError
 
-MISFIT = (RuntimeError, IndexError, ValueError)  # what torch raises for shapes and classes that do not fit
+MISMATCH_ERRORS = (RuntimeError, IndexError, ValueError)  # torch raises them for shapes and classes that do not fit
 
 
-def try_halves(task: Task, model: SplitModel, data: Dataset | Items) -> tuple[tuple[int, ...], Dataset]:
+def check_compatibility(task: Task, model: SplitModel, data: Dataset | Items) -> tuple[tuple[int, ...], Dataset]:
     """Run both halves on a few samples. Returns the shape of one sample's cut, and the samples.
 
     Raises:
@@ -28,12 +28,12 @@ def try_halves(task: Task, model: SplitModel, data: Dataset | Items) -> tuple[tu
             rounded to the server half's dtype; adapters do nothing.
         DataError: model or loss do not take a data set.
     """
-    sample = read(data[torch.arange(min(2, len(data)))])  # a copy; two, so that a loss per sample shows
+    sample = read(data[torch.arange(min(2, len(data)))])  # a copy; two samples, so that a loss per sample is noticed
     inputs = clone_tensors(sample.inputs)
-    before = _weights(model.client)
+    before = _weights_state(model.client)
     with evaluating(model):
         cut = clone_tensors(call(model.client, inputs))  # a copy, since the next pass may write into the same tensor
-        if _weights(model.client) != before:
+        if _weights_state(model.client) != before:
             raise ValueError(
                 "the client half writes its weights in a forward pass, and they are then no longer everybody's: leave"
                 " out max_norm of an embedding, and let a layer compute with a copy, such as self.weight.clamp(0)"
@@ -43,15 +43,15 @@ def try_halves(task: Task, model: SplitModel, data: Dataset | Items) -> tuple[tu
                 f"the cut is {cut.dtype}, and both halves learn from a gradient there, which only real numbers have:"
                 " cut elsewhere"
             )
-        again, output = call(model.client, inputs), model(clone_tensors(sample.inputs))
-        for name, found in (("the cut", cut), ("the output", output)):
-            if not isinstance(found, Tensor) or found.shape[:1] != (len(sample),):
+        second_cut, output = call(model.client, inputs), model(clone_tensors(sample.inputs))
+        for name, value in (("the cut", cut), ("the output", output)):
+            if not isinstance(value, Tensor) or value.shape[:1] != (len(sample),):
                 raise TaskError(
-                    f"{name} of {len(sample)} samples is {_kind_of(found)}: a tensor is needed, whose first dimension"
+                    f"{name} of {len(sample)} samples is {_describe(value)}: a tensor is needed, whose first dimension"
                     " is the samples"
                 )
         loss = _loss_of(task, "train", output, sample.labels)
-    if not outputs_match(cut, again):
+    if not outputs_match(cut, second_cut):
         if digest(inputs) != digest(sample.inputs):
             raise ValueError(
                 "the client half writes into its inputs, so that the next pass of a batch sees another: let it compute"
@@ -63,29 +63,29 @@ def try_halves(task: Task, model: SplitModel, data: Dataset | Items) -> tuple[tu
         )
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise TaskError(
-            f"the loss of a batch is {_kind_of(loss)}: a tensor of one element, the mean over the batch, is needed"
+            f"the loss of a batch is {_describe(loss)}: a tensor of one element, the mean over the batch, is needed"
         )
     _check_dtype(model, sample.inputs, cut, output)
     refuse_idle_adapters(model.client, sample.inputs)
-    task.check_scored(output, sample.labels)
+    task.check_default_metric(output, sample.labels)
     shape = tuple(cut.shape[1:])
     _check_mask(sample, cut)
-    if (short := _shortest(task, data, sample)).length < sample.length:  # a batch may have short texts only
+    if (short := _shortest(task, data, sample)).length < sample.length:  # a batch may consist of short texts
         try:
-            cut = _cut_of(task, model, "train", short)
+            cut = _try_samples(task, model, "train", short)
         except DataError as error:
             if short.labels.shape[1:2] != (sample.length,):
                 raise
-            raise DataError(f"{error}; are labels one for each token? Then give the task ignore_index") from error
+            raise DataError(f"{error}; is there a label for each token? Then give the task ignore_index") from error
         _check_mask(short, cut)
     _check_sets(task, model, sample.labels.device)
     return shape, sample
 
 
-def _weights(half: nn.Module) -> list[Any]:
-    """A list that changes when weights are written or replaced: versions, addresses, and a digest of all values.
+def _weights_state(half: nn.Module) -> list[Any]:
+    """Return a list that changes when weights are written or replaced: versions, addresses, and a digest of all values.
 
-    The digest is for writes that torch does not count.
+    The digest is for writes that do not increment a tensor's version.
     """
     weights = list(half.parameters())
     return [digest(weights), *((p._version, p.data_ptr()) for p in weights)]
@@ -94,46 +94,46 @@ def _weights(half: nn.Module) -> list[Any]:
 def _check_sets(task: Task, model: SplitModel, device: torch.device) -> None:
     """Raises DataError for a data set with labels that model and loss do not take, such as a class without an output.
 
-    Tries the samples with the least and the greatest label or, where not all labels are known, the first two. Of the
+    Tries the samples with the smallest and the largest label, or the first two if not all labels are in memory. Of the
     clients' data sets it tries the first, and those whose labels lie outside the range so far.
     """
-    least, most = math.inf, -math.inf
-    for what, data in task.sets():
-        low, high, chosen = least, most, torch.arange(min(2, len(data)))
+    lowest, highest = math.inf, -math.inf
+    for name, data in task.sets():
+        low, high, chosen = lowest, highest, torch.arange(min(2, len(data)))
         if isinstance(data, Dataset) and data.labels.numel():
             rows = data.labels.reshape(len(data), -1)
-            # Labels that the loss ignores are often negative, and no class.
+            # Without labels that the loss ignores: they are often negative, and no class.
             lows = rows if task.ignore_index is None else rows.masked_fill(rows == task.ignore_index, int(rows.max()))
             (low, first), (high, last) = (map(float, end) for end in (lows.amin(1).min(0), rows.amax(1).max(0)))
             chosen = torch.tensor([int(first), int(last)])
-        if what in ("test", "validation") or low < least or high > most:
-            least, most = min(least, low), max(most, high)
-            _cut_of(task, model, what, read(data[chosen].to(device, dtype_of(model.client))))
+        if name in ("test", "validation") or low < lowest or high > highest:
+            lowest, highest = min(lowest, low), max(highest, high)
+            _try_samples(task, model, name, read(data[chosen].to(device, dtype_of(model.client))))
 
 
-def _cut_of(task: Task, model: SplitModel, what: str, sample: Dataset) -> Tensor:
-    """The cut of samples. Raises DataError where model or loss do not take them."""
+def _try_samples(task: Task, model: SplitModel, name: str, sample: Dataset) -> Tensor:
+    """Return the cut of samples. Raises DataError if model or loss do not take them. name: the data set's."""
     with evaluating(model):
         try:
             cut: Tensor = call(model.client, clone_tensors(sample.inputs))
             output = model(clone_tensors(sample.inputs))
-        except MISFIT as error:
-            given = describe_inputs(sample.inputs)
-            raise DataError(f"{what}: the model does not take samples of {given} ({_first_line(error)})") from error
-        _loss_of(task, what, output, sample.labels)
+        except MISMATCH_ERRORS as error:
+            inputs = describe_inputs(sample.inputs)
+            raise DataError(f"{name}: the model does not take samples of {inputs} ({_first_line(error)})") from error
+        _loss_of(task, name, output, sample.labels)
     return cut
 
 
-def _loss_of(task: Task, what: str, output: Tensor, labels: Tensor) -> Any:
-    """The task's loss. Raises DataError where it does not take the labels."""
+def _loss_of(task: Task, name: str, output: Tensor, labels: Tensor) -> Any:
+    """Return the task's loss. Raises DataError if it does not take the labels. name: the data set's."""
     try:
         loss = task.loss(output, labels)
         if isinstance(loss, Tensor):
-            loss.tolist()  # a GPU tells of a class without an output when it is waited for
-    except MISFIT as error:
-        ends = f" from {labels.min():g} to {labels.max():g}" if labels.numel() else ""
+            loss.tolist()  # waits for a GPU, which reports a class without an output only then
+    except MISMATCH_ERRORS as error:
+        limits = f" from {labels.min():g} to {labels.max():g}" if labels.numel() else ""
         raise DataError(
-            f"{what}: the loss does not take labels {tuple(labels.shape)}{ends} with outputs {tuple(output.shape)}"
+            f"{name}: the loss does not take labels {tuple(labels.shape)}{limits} with outputs {tuple(output.shape)}"
             f" ({_first_line(error)})"
         ) from error
     return loss
@@ -144,7 +144,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _shortest(task: Task, data: Dataset | Items, sample: Dataset) -> Dataset:
-    """The two shortest texts of the data without padding; of items, whose lengths are unknown, the sample's."""
+    """Return the two shortest texts of the data, without padding; `sample` if the data's lengths are unknown."""
     if isinstance(data, Dataset):
         order = data.lengths.argsort(stable=True)
         order = order[data.lengths[order] > 0][:2]
@@ -157,28 +157,28 @@ def _check_mask(sample: Dataset, cut: Tensor) -> None:
     mask = mask_of(sample.inputs)
     if mask is not None and mask.shape != cut.shape[:2]:
         raise TaskError(
-            f"the cut of {len(sample)} samples is {_kind_of(cut)}, and their attention_mask {_kind_of(mask)}: the"
+            f"the cut of {len(sample)} samples is {_describe(cut)}, and their attention_mask {_describe(mask)}: the"
             " server half gets the mask beside the cut, so that their first two dimensions must be the same. Cut the"
             " model earlier; or, where the client half pools its tokens, give the mask another name"
         )
 
 
 def _check_dtype(model: SplitModel, inputs: Inputs, cut: Tensor, output: Tensor) -> None:
-    """Raises ValueError where a cut in the dtype of the server half, to which a run rounds it, makes another output."""
+    """Raises ValueError if rounding the cut to the server half's dtype, as a run does, changes the output."""
     dtype = dtype_of(model.server)
     if torch.finfo(cut.dtype).bits <= torch.finfo(dtype).bits:
         return
     with evaluating(model):
         try:
-            as_it_is = SplitModel(model.client, model.server)(clone_tensors(inputs))
-        except (RuntimeError, TypeError, ValueError):  # as of a product of two dtypes
+            unrounded = SplitModel(model.client, model.server)(clone_tensors(inputs))
+        except (RuntimeError, TypeError, ValueError):  # such as for a product of two dtypes
             return
-    if not outputs_match(as_it_is, output):
+    if not outputs_match(unrounded, output):
         raise ValueError(
             f"the cut is {cut.dtype}, and the first weights of the server half are {dtype}, to which a run would round"
             f" it: that makes another output. Cut elsewhere, or make the server half {cut.dtype}"
         )
 
 
-def _kind_of(value: Any) -> str:
+def _describe(value: Any) -> str:
     return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"

@@ -1,4 +1,4 @@
-"""Messages of several clients, passed on in the clients' order whatever order they arrive in."""
+"""A reorder buffer: messages of several clients are delivered in the clients' order, in whatever order they arrive."""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ from collections.abc import Callable, Iterable
 from hosfl.protocol.messages import Message
 
 
-class InOrder:
-    """Passes each client's message to `deliver` once those of all clients before it have arrived or been given up."""
+class ReorderBuffer:
+    """Delivers each client's message once those of all clients before it have arrived or been given up.
+
+    deliver: called with each message. messages: how many have arrived.
+    """
 
     def __init__(self, clients: Iterable[int], deliver: Callable[[Message], None]) -> None:
         self.deliver, self._waiting = deliver, deque(sorted(clients))
         self._received: dict[int, Message | None] = {}
-        self.messages = 0  # how many have arrived
+        self.messages = 0
 
     def add(self, client: int, message: Message | None) -> None:
-        """A client's message has arrived. None: it will not send one."""
+        """Add a client's message. None: it will not send one."""
         self._received[client] = message
         self.messages += message is not None
         while self._waiting and self._waiting[0] in self._received:
@@ -31,7 +34,7 @@ class InOrder:
             self._deliver(client)
 
     def close(self) -> None:
-        """Give up the clients whose messages have not arrived, and deliver the rest."""
+        """Give up the messages that have not arrived, and deliver the others."""
         while self._waiting:
             self._deliver(self._waiting.popleft())
 
