@@ -29,9 +29,8 @@ from benchmarks.speed_tables import (
 from benchmarks.study_tables import lengths, numbers, overview, rules, study, uses
 from benchmarks.tables import ALL_STUDIES, GPU, RESULTS, ROOT, load_result
 
-Sections = dict[
-    str, tuple[str, Callable[[dict[str, Any]], str]]
-]  # name -> (results file or pattern, function that makes the table)
+# Of a page's tables, by name: the results file or a pattern of them, and the function that makes the table.
+Sections = dict[str, tuple[str, Callable[[dict[str, Any]], str]]]
 STUDIES: Sections = {
     path.parent.name: (str(path.relative_to(RESULTS)), study) for path in sorted(RESULTS.glob("studies/*/table.json"))
 }
