@@ -10,7 +10,7 @@ import hosfl
 from hosfl.edge.backward import export_gradient
 from hosfl.edge.gradient import GRADIENT, Gradient
 from hosfl.edge.half import HalfError
-from hosfl.edge.original import ExportError
+from hosfl.edge.source import ExportError
 from hosfl.halves.inputs import call
 from hosfl.halves.narrow import narrow_weights
 from hosfl.halves.trains import select_trainable

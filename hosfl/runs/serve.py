@@ -161,7 +161,7 @@ def _edge_files(federation: Federation, half: nn.Module) -> tuple[dict[str, byte
     description |= {"gradient": None if gradient is None else _sha256(gradient), "digest": list(digested_tensors(half))}
     description |= {"running": running, "statistics": None}
     if running:
-        by_batch = require("hosfl.edge.by_batch", "a server of clients without torch", "export")
+        by_batch = require("hosfl.edge.batch_statistics", "a server of clients without torch", "export")
         files[edge.STATISTICS] = statistics = by_batch.export_statistics(half, sample, most)
         description["statistics"] = _sha256(statistics)
     return files, description
