@@ -134,7 +134,7 @@ class ZerothOrderClient(Client):
     def _pass_from(self, number: int) -> Iterator[tuple[nn.Module, Inputs]]:
         """Yields the module and the inputs of a pass from a block to the cut, in eval mode and without a graph."""
         with evaluating(self.half):
-            module, inputs = self.blocks.at(number, self._inputs)
+            module, inputs = self.blocks.tail(number, self._inputs)
             with evaluating(module):
                 yield module, inputs
 
