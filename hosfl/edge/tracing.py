@@ -71,10 +71,10 @@ def trace_graph(source: ExportSource, entries: Sequence[str], wrapper: type[Posi
 
 def _without_token_check(half: nn.Module) -> nn.Module:
     """Return the half without its check of tokens' values, which a graph cannot make."""
-    if not isinstance(half, ClientHalf) or half.pools is None:
+    if not isinstance(half, ClientHalf) or half.classifier_pad is None:
         return half
     unchecked: Any = copy_module(half)
-    unchecked.pools = None
+    unchecked.classifier_pad = None
     return unchecked
 
 

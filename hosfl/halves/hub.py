@@ -79,7 +79,7 @@ def is_decoder(name: str) -> bool:
     """
     config = _read("AutoConfig", name)
     kind = config.model_type
-    texts = [k for k, family in FAMILIES.items() if family.inputs == "input_ids" and not family.beside]
+    texts = [k for k, family in FAMILIES.items() if family.inputs == "input_ids" and not family.aliases]
     if kind not in texts or config.is_encoder_decoder:
         raise ValueError(f"{name} is a {kind}; text models that can be cut are {', '.join(texts)}")
     return FAMILIES[kind].decoder
