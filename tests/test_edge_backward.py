@@ -14,7 +14,7 @@ from hosfl.edge.source import ExportError
 from hosfl.halves.inputs import call
 from hosfl.halves.narrow import narrow_weights
 from hosfl.halves.trains import select_trainable
-from hosfl.probing.probe import Lookups
+from hosfl.probing.probe import EmbeddingGradients
 from hosfl.runs.checkpoint import save_module
 from hosfl.tasks.vision import CifarResNet
 from hosfl_kernels import replay_
@@ -130,7 +130,7 @@ def arrays(half):
 
 def of_torch(half, sample, multiplier):
     weights = list(moving(half).values())
-    with Lookups():
+    with EmbeddingGradients():
         found = torch.autograd.grad(call(half, sample), weights, multiplier, allow_unused=True)
     return [torch.zeros_like(p) if g is None else g for p, g in zip(weights, found, strict=True)]
 

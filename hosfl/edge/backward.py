@@ -24,11 +24,11 @@ from hosfl.edge.gradient import BLOCK_INPUT, GRADIENT, GRADIENT_PREFIX, MULTIPLI
 from hosfl.edge.graph import externalize_weights, remove_unread_inputs, serialize_part
 from hosfl.edge.half import BASE
 from hosfl.edge.source import TOLERANCE, WHERE_MOVED, ExportError, ExportSource, describe_batch, export_source, is_text
-from hosfl.edge.tracing import OnnxLookups, PositionalHalf, as_export_errors, silence_exporter
+from hosfl.edge.tracing import OnnxEmbeddings, PositionalHalf, as_export_errors, silence_exporter
 from hosfl.halves.blocks import capture_entry_input
 from hosfl.halves.inputs import Inputs, call
 from hosfl.halves.narrow import narrow_bfloat16_as_floats
-from hosfl.probing.probe import Lookups
+from hosfl.probing.probe import EmbeddingGradients
 from hosfl.protocol.weights import Weights
 
 NEGLIGIBLE = (
@@ -50,12 +50,12 @@ def export_gradient(
     input of the graph; "": the graph begins with the half's own inputs.
 
     The graph's inputs are the multiplier and those named above; its outputs are the gradients of the trainable weights,
-    by name. Weights that the cut does not depend on have no output. Embeddings have the gradient of `Lookups`. The
+    by name. Weights that the cut does not depend on have no output. For embeddings see `EmbeddingGradients`. The
     gradients are compared with torch's.
 
     Raises ExportError as `export_half`, and for a half whose backward pass torch cannot export.
     """
-    with export_source(half, sample) as source, Lookups():
+    with export_source(half, sample) as source, EmbeddingGradients():
         model = _traced_backward(source, [entry] if entry else [])
         graph = _extract_gradients(model, *externalize_weights(model, source, True, running), bool(entry))
         _compare(source, source.batches(max_sizes), entry, graph, running)
@@ -92,7 +92,7 @@ def _traced_backward(source: ExportSource, entries: Sequence[str]) -> Any:
         sdpa_kernel(SDPBackend.MATH),  # attention as matrix products and a softmax, whose derivatives ONNX has
         _unused_weights_frozen(source.half, source.sample),
         narrow_bfloat16_as_floats(source.half),
-        OnnxLookups(),
+        OnnxEmbeddings(),
         _PadAsConcat(),
     ):
         arguments = (torch.ones_like(cut), *inputs.values())

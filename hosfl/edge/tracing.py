@@ -54,7 +54,7 @@ def trace_graph(source: ExportSource, entries: Sequence[str], wrapper: type[Posi
     texts = {name for name, x in inputs.items() if source.any_length and is_text(name, x)}
     sizes = tuple({0: "batch", **({1: "tokens"} if name in texts else {})} for name in inputs)
     client = wrapper(source, entries)
-    with as_export_errors(source.half), silence_exporter(), narrow_bfloat16_as_floats(source.half), OnnxLookups():
+    with as_export_errors(source.half), silence_exporter(), narrow_bfloat16_as_floats(source.half), OnnxEmbeddings():
         program = torch.onnx.export(
             client,
             tuple(inputs.values()),
@@ -78,7 +78,7 @@ def _without_token_check(half: nn.Module) -> nn.Module:
     return unchecked
 
 
-class OnnxLookups(TorchFunctionMode):
+class OnnxEmbeddings(TorchFunctionMode):
     """Mode in which embeddings are traced so that ONNX computes what torch does.
 
     A negative index is an error to torch, but ONNX counts it from the table's end: it is replaced by one beyond any

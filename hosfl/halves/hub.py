@@ -56,7 +56,7 @@ def meta_model(name: str, batch: int, length: int) -> tuple[nn.Module, dict[str,
         model.warn_if_padding_and_no_attention_mask = lambda *args: None  # it reads the values of tokens
         longest = getattr(config, "max_position_embeddings", length)
         tokens = torch.zeros(batch, min(length, longest), dtype=torch.int64)
-        # Encoders read a mask's values, which it does not have here; decoders need a mask, or would make one.
+        # Without values on the meta device encoders cannot read a mask, and decoders cannot make one.
         if config.model_type in FAMILIES and not FAMILIES[config.model_type].decoder:
             return model, {"input_ids": tokens}
         return model, {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
