@@ -184,13 +184,13 @@ def test_on_a_lattice_as_well_as_in_place():
 
 
 def test_a_part_of_what_moves_from_where_it_begins():
-    """moved: what a block has, while the pass starts at that block."""
+    """perturbed: what a block has, while the pass starts at that block."""
     half, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(5, 3)
     moved = PerturbedTensors.of(half).subset([2, 3])
     with evaluating(half):
         cut, held = half(x), half[:2](x)
         rest = (torch.ones_like(cut), cut, SEEDS, MU, "gaussian")
-        place = {"at_once": 2, "moved": moved}
+        place = {"at_once": 2, "perturbed": moved}
         found = probe_batched(half[2:], held, *rest, **place)
         whole = probe_batched(half, x, *rest, **place)
         exact = probe_forward_batched(half[2:], held, *rest[:1], SEEDS, "gaussian", **place)
