@@ -51,6 +51,7 @@ class Case:
 
     @property
     def op(self) -> str:
+        """The op and its size, for the case's name."""
         return "perturb_" if self.records == 1 else f"replay_ of {self.records}"
 
     def __str__(self) -> str:
@@ -85,6 +86,7 @@ RULES: list[Rule] = [SGD(weight_decay=0.1), SGD(momentum=0.9), AdamW(betas=(0.8,
 
 
 def _update_cases() -> Iterator[UpdateCase]:
+    """Cases of `update_`."""
     # Few and small cases: in Triton's interpreter a tile takes 20 ms per direction. The first one crosses a block's end
     # beyond 32 bits, the second one is wider than a row.
     for rule in RULES:
@@ -97,6 +99,7 @@ def _update_cases() -> Iterator[UpdateCase]:
 
 
 def _project_cases() -> Iterator[ProjectCase]:
+    """Cases of `project`."""
     for dtype in DTYPES:
         for dist in DISTRIBUTIONS:
             yield ProjectCase(dtype, dist, n=1, stream=1, start=131_071, records=2)
@@ -107,6 +110,7 @@ def _project_cases() -> Iterator[ProjectCase]:
 
 
 def _cases() -> Iterator[Case]:
+    """Cases of `perturb_` and `replay_`."""
     # Sizes and starts around the edges of rows (1024), Gaussian blocks (4096), rounding blocks (8192) and
     # Rademacher blocks (131072), and beyond 32 bits.
     places = [(1, 0), (7, 1020), (1024, 0), (1025, 1023), (4099, 4093), (9001, 131_071), (3000, 2**32 - 1500)]
@@ -226,8 +230,8 @@ def run_case(backend: ModuleType, case: Case, device: str) -> str | None:
     record = replay_arguments(case)
     rounding = record["rounding_seeds"]
     if case.records == 1:
-        one = None if rounding is None else rounding[0]
-        backend.perturb_([got], record["seeds"][0], record["coefficients"][0], case.place, one)
+        rounding_seed = None if rounding is None else rounding[0]
+        backend.perturb_([got], record["seeds"][0], record["coefficients"][0], case.place, rounding_seed)
     else:
         backend.replay_([got], record["seeds"], record["coefficients"], case.place, rounding)
     reference.replay_([want], record["seeds"], record["coefficients"], case.place, rounding)
@@ -310,7 +314,7 @@ def vector_cases(vectors: dict[str, Any], backend: ModuleType, device: str) -> I
 
 
 def modes(name: str, backend: ModuleType) -> Iterator[str]:
-    """Switch a backend to each of its modes in turn, and yield the mode's name. The last is the one in normal use."""
+    """Switch a backend to each of its modes in turn, and yield the mode's name. The last is the normal one."""
     if name == "cpp":
         for isa in _cpp.supported():
             _cpp.use_isa(isa)

@@ -437,7 +437,7 @@ def installed() -> dict[str, ModuleType]:
         return BACKENDS
 
 
-# --- one kind of array or the other --------------------------------------------------------------------------------
+# --- arrays or tensors ---------------------------------------------------------------------------------------------
 
 
 def _takes_numpy(tensors: Sequence[Array]) -> bool:
@@ -555,6 +555,7 @@ def _project(backend: ModuleType, tensors: list[Array], seeds: Numbers, place: P
     return scalars
 
 
+# What runs an op on a backend: see the module's docstring.
 RUN: dict[str, Callable[..., Any]] = {
     "noise_": _noise,
     "perturb_": _perturb,

@@ -211,12 +211,13 @@ def _convolution_backward(
     transposed: bool,
     output_padding: Sequence[int],
     groups: int,
-    wanted: Sequence[bool],
+    output_mask: Sequence[bool],
 ) -> Any:
     """The backward pass of a convolution as convolutions, which ONNX has.
 
-    Returns (input's gradient, weight's, bias's), with None for those that are not `wanted`. The weight's gradient is
-    the convolution of the inputs, with samples and channels exchanged, with the output's gradient.
+    Returns (input's gradient, weight's, bias's), with None for those that `output_mask` does not
+    select. The weight's gradient is the convolution of the inputs, with samples and channels exchanged, with the
+    output's gradient.
     """
     if transposed:
         return NotImplemented
@@ -225,11 +226,11 @@ def _convolution_backward(
         [*sizes] * (len(dims) // len(sizes)) for sizes in (stride, padding, dilation)
     )
     input_gradient = weight_gradient = bias_gradient = None
-    if wanted[0]:
+    if output_mask[0]:
         covered = [(gradient.shape[d] - 1) * stride[d - 2] + dilation[d - 2] * (weight.shape[d] - 1) + 1 for d in dims]
         uncovered = [x.shape[d] + 2 * padding[d - 2] - size for d, size in zip(dims, covered, strict=True)]
         input_gradient = aten.convolution(gradient, weight, None, stride, padding, dilation, True, uncovered, groups)
-    if wanted[1]:
+    if output_mask[1]:
         samples, channels, rest = x.shape[0], x.shape[1] // groups, x.shape[2:]
         exchanged = x.reshape(samples, groups, channels, *rest).transpose(0, 2)
         exchanged = exchanged.reshape(channels, groups * samples, *rest)
@@ -238,7 +239,7 @@ def _convolution_backward(
         for d in dims:
             weight_gradient = weight_gradient.narrow(d, 0, weight.shape[d])
         weight_gradient = weight_gradient.transpose(0, 1)
-    if wanted[2]:
+    if output_mask[2]:
         bias_gradient = gradient.sum([0, *dims])
     return input_gradient, weight_gradient, bias_gradient
 
@@ -272,9 +273,9 @@ def _avg_pool_backward(
         return NotImplemented
     channels, stride = x.shape[1], stride or size
     weight = torch.full((channels, 1, *size), 1 / (divisor or math.prod(size)))
-    wanted = [True, False, False]
+    output_mask = [True, False, False]
     return _convolution_backward(
-        gradient, x, weight, None, stride, padding, [1] * len(size), False, [0] * len(size), channels, wanted
+        gradient, x, weight, None, stride, padding, [1] * len(size), False, [0] * len(size), channels, output_mask
     )[0]
 
 

@@ -79,13 +79,16 @@ class EdgeClient:
 
     @property
     def applied(self) -> int:
+        """The number of rounds in its half."""
         return self.replica.applied
 
     @property
     def epoch(self) -> int:
+        """How often the server had been restarted when these rounds were committed."""
         return self.replica.epoch
 
     def decoded(self, data: bytes) -> Message:
+        """Decode a message from the server. Raises MessageError."""
         return decode(data)
 
     def request_statistics(self) -> Statistics:
@@ -122,18 +125,23 @@ class EdgeClient:
         return self.running
 
     def _statistics(self, values: NDArray[np.float32], samples: NDArray[np.int32]) -> Statistics:
+        """Make a message with statistics and the number of samples that they are of."""
         return Statistics(client=self.number, round=0, epoch=self.epoch, statistics=values, samples=samples)
 
     def hello(self) -> Hello:
+        """The message that says which rounds it has applied."""
         return Hello(client=self.number, round=self.applied, epoch=self.epoch)
 
     def reset(self) -> None:
+        """Start again from the base weights."""
         self.replica.reset()
 
     def load(self, state: ReplicaState) -> None:
+        """Load a saved state of the replica."""
         self.replica.load(state)
 
     def catch_up(self, message: Message) -> Differs | None:
+        """Apply records or pool moves. Returns `Differs` if the half turns out to be wrong: see `Replica.follow`."""
         if not isinstance(message, (Records, PoolMoves)):
             raise MessageError(f"client {self.number} expects records, got {type(message).__name__}")
         return self.replica.follow(message, self.number)

@@ -61,7 +61,7 @@ class Samples:
         return Samples({name: _cast(value, integers.get(name)) for name, value in inputs.items()}, self.labels)
 
     def check_castable(self, integers: Mapping[str, np.dtype[Any]]) -> None:
-        """Raises DataError if `cast_for_half` would change a number."""
+        """Raise DataError if `cast_for_half` would change a number."""
         for name, value in self.named().items():
             dtype = integers.get(name if isinstance(self.inputs, dict) else "input")
             if dtype is None:

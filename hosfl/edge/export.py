@@ -1,4 +1,4 @@
-"""A client half as ONNX graphs without weights, for clients that have no torch: see `hosfl.edge.half`."""
+"""Export of a client half as ONNX graphs without weights, for clients without torch: see `hosfl.edge.half`."""
 
 from __future__ import annotations
 

@@ -62,6 +62,7 @@ class Gradient:
         self._open()
 
     def _open(self) -> None:
+        """Open the session again, after closing the one that is open."""
         self._session: Any = None  # frees the old session first: two at once would take twice the memory
         self._session = open_session(
             self._folder / GRADIENT, self._folder / BASE, self._names, self._values, self._threads

@@ -192,6 +192,7 @@ class Half:
         )
 
     def _reopen(self) -> None:
+        """Open all sessions again."""
         del self._sessions  # first: each session may have its own copy of frozen weights
         self._sessions = self._open_sessions()
 

@@ -100,10 +100,10 @@ class ExportSource:
             _assign(weights, saved)
 
     @contextmanager
-    def graph_folder(self, what: str, graphs: Mapping[str, bytes]) -> Iterator[Path]:
+    def graph_folder(self, title: str, graphs: Mapping[str, bytes]) -> Iterator[Path]:
         """Context manager: a temporary folder with these graphs, by file name, and the base file.
 
-        Turns a HalfError of the block into an ExportError that begins with `what`, a name for the graph.
+        Turns a HalfError of the block into an ExportError that begins with `title`, a name for the graphs.
         """
         with TemporaryDirectory() as name:
             folder = Path(name)
@@ -114,11 +114,12 @@ class ExportSource:
             except HalfError as error:
                 not_implemented = "NOT_IMPLEMENTED" in str(error)  # for example an operator in bfloat16
                 hint = "; let the layer compute in float32 there" if not_implemented else ""
-                raise ExportError(f"{what} does not run: {error}{hint}") from error
+                raise ExportError(f"{title} does not run: {error}{hint}") from error
 
 
 @torch.no_grad()
 def _assign(weights: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+    """Copy values into weights."""
     for weight, value in zip(weights, values, strict=True):
         weight.copy_(value)
 

@@ -240,6 +240,7 @@ def sine_input(shape: Sequence[int], device: torch.device) -> Tensor:
 
 
 def _is_classifier(model: nn.Module) -> bool:
+    """Whether a model is one of transformers' sequence classifiers."""
     return "ForSequenceClassification" in type(model).__name__
 
 

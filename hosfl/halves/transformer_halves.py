@@ -97,6 +97,7 @@ class ServerHalf(nn.Module):
 
 
 def _check_mask(mask: Tensor) -> None:
+    """Raise ValueError for a mask that is not [batch, length]."""
     if mask.dim() != 2:
         raise ValueError(f"an attention mask that crosses the cut must be [batch, length], got {[*mask.shape]}")
 

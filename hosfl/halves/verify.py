@@ -108,6 +108,7 @@ def _compare_gradients(
 
 
 def _name(model: nn.Module) -> str:
+    """The name of a model's class, for error messages."""
     return type(model).__name__
 
 

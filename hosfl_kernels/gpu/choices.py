@@ -56,6 +56,7 @@ def shapes_for(capability: int | None, size: str) -> Mapping[str, Shape]:
 
 @functools.cache
 def _table() -> dict[tuple[int | None, str], dict[str, Shape]]:
+    """The table of choices.json, read once."""
     return read(PATH)
 
 

@@ -27,6 +27,7 @@ COS = tl.constexpr(tuple(float(c) for c in spec.COS))
 
 @triton.jit
 def horner(COEFFICIENTS: tl.constexpr, COUNT: tl.constexpr, z):
+    """The value at z of a polynomial with COUNT coefficients, lowest power first."""
     p = z * COEFFICIENTS[COUNT - 1] + COEFFICIENTS[COUNT - 2]
     for i in tl.static_range(3, COUNT + 1):
         p = p * z + COEFFICIENTS[COUNT - i]
@@ -98,6 +99,7 @@ def write_noise(
     WIDTH: tl.constexpr,
     FULL: tl.constexpr,
 ):
+    """Write a tile of noise to `address`. FULL: see `tile.is_full`."""
     outer, inner, lane = rows_and_columns(1, INNER, WIDTH)
     col = first_col + lane.to(tl.uint32)
     if DIST == "rademacher":

@@ -40,6 +40,7 @@ def add_noise(
     WIDTH: tl.constexpr,
     FULL: tl.constexpr,
 ):
+    """Add s * z(seed) to the tile at `address`. FULL: see `tile.is_full`."""
     outer, inner, lane = rows_and_columns(1, INNER, WIDTH)
     col = first_col + lane.to(tl.uint32)
     if DIST == "rademacher":

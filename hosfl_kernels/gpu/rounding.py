@@ -17,6 +17,7 @@ TAG_ROUNDING = tl.constexpr(spec.TAG_ROUNDING)
 
 @triton.jit
 def to_float32(cells):
+    """Convert cells as they are in memory to float32; exact."""
     if cells.dtype == tl.uint16:
         return (cells.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     else:

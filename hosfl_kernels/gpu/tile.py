@@ -57,11 +57,13 @@ def is_full(address, at, n, ROWS: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def is_empty(at, n, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Whether the whole tile is before or after the tensor's cells."""
     return (at >= n) | (at + ((ROWS - 1) * COLS + WIDTH) <= 0)
 
 
 @triton.jit
 def rows_and_columns(OUTER: tl.constexpr, INNER: tl.constexpr, WIDTH: tl.constexpr):
+    """The indices (outer, inner, column) of a tile's cells: [OUTER, 1, 1], [1, INNER, 1], [1, 1, WIDTH]."""
     outer = (tl.arange(0, OUTER) * INNER)[:, None, None]
     inner = tl.arange(0, INNER)[None, :, None]
     lane = tl.arange(0, WIDTH)[None, None, :]
