@@ -12,7 +12,7 @@ import numpy as np
 from safetensors import SafetensorError
 
 from hosfl.edge.client import EdgeClient
-from hosfl.edge.data import Batches, Samples, read_samples
+from hosfl.edge.data import Arrays, Batches, Samples, read_samples
 from hosfl.edge.gradient import GRADIENT, Gradient
 from hosfl.edge.half import BASE, Half, HalfError, graph_name
 from hosfl.edge.running_statistics import STATISTICS, StatisticsEstimator
@@ -72,28 +72,18 @@ def make_client(
     check_labels(samples.labels, samples.tokens, run, data)
     fetch("base", run["base"], folder / BASE)
     terms, header = _read_terms(fetch(HEADER, run["edge"]["header"], folder / HEADER), run["log"], settings)
-    # An offer leaves out settings of the server's machine, such as its device: see `hosfl.runs.serve.LOCAL`.
-    header_settings = {name: value for name, value in header.settings.items() if name in raw_settings}
-    if different := differences(header_settings, decisive(raw_settings)):
-        raise JoinError(f"the server's header is of other settings than it tells: {'; '.join(different)}")
+    _check_settings(header, raw_settings)
     _check_base(folder / BASE, header, run["edge"]["digest"])
     blocks = len(list(terms.parts()))
     graphs = _Graphs(run["edge"], fetch, [p.name for p in header.parameters], folder, threads)
     half = graphs.half(blocks)
-    integers = half.integers
-    try:
-        samples.check_castable(integers)
-    except DataError as error:
-        raise DataError(f"{data}: {error}") from None
-    first = samples[:2].cast_for_half(integers)
-    _check_half_runs(half, first, run["cut"], data)
+    first = _check_samples(samples, half, run["cut"], data)
     gradient = None
     if settings.estimator == "backward":
         gradient = graphs.gradient(half)
-        inputs = first.inputs
-        gradient.check(inputs, np.ones_like(half(inputs)), half.piece_input(half.pieces - blocks, inputs))
+        gradient.check(first, np.ones_like(half(first)), half.piece_input(half.pieces - blocks, first))
     per_token = run["labels"]["ignore_index"] is not None
-    batches = Batches(samples, settings.batch, settings.seed, number, per_token, integers)
+    batches = Batches(samples, settings.batch, settings.seed, number, per_token, half.integers)
     statistics = None
     if settings.calibrate:
         calibration_batches = replace(batches, purpose=Purpose.CALIBRATION)
@@ -188,6 +178,16 @@ def _read_terms(data: bytes, sha256: str, settings: Settings) -> tuple[Run, Head
         raise JoinError(f"the server's header is none: {error}") from None
 
 
+def _check_settings(header: Header, raw_settings: dict[str, Any]) -> None:
+    """Raise JoinError if the header's settings are not those of the offer.
+
+    An offer leaves out settings of the server's machine, such as its device: see `hosfl.runs.serve.LOCAL`.
+    """
+    header_settings = {name: value for name, value in header.settings.items() if name in raw_settings}
+    if different := differences(header_settings, decisive(raw_settings)):
+        raise JoinError(f"the server's header is of other settings than it tells: {'; '.join(different)}")
+
+
 def _check_base(path: Path, header: Header, digested_tensors: Sequence[str]) -> None:
     """Raise JoinError if the base file's weights are not the header's, or arrays of the digest are missing."""
     try:
@@ -215,15 +215,19 @@ def _digested_arrays(
         yield changing[name] if name in changing else stored[name]
 
 
-def _check_half_runs(half: Half, samples: Samples, shape: list[int], source: str) -> None:
-    """Check that the half runs on this machine and makes a cut that the server accepts.
+def _check_samples(samples: Samples, half: Half, shape: list[int], source: str) -> Arrays:
+    """Check that the half runs on this machine, and makes cuts of the samples that the server accepts.
 
     shape: the cut's, as the server tells it, without the batch. source: the samples' source, for error messages.
-    Raises DataError if the samples do not fit, HalfError if onnxruntime does not see changes of weights.
+    Returns the inputs of the first two samples as the half takes them. Raises DataError if the samples do not fit,
+    HalfError if onnxruntime does not see changes of weights.
     """
     try:
-        cut = half(samples.inputs)
-    except HalfError as error:
+        samples.check_castable(half.integers)
+        first = samples[:2].cast_for_half(half.integers)
+        cut = half(first.inputs)
+    except (DataError, HalfError) as error:
         raise DataError(f"{source}: {error}") from None
     check_cut(list(cut.shape[1:]), bool(np.isfinite(cut).all()), samples.tokens is not None, shape, source)
-    half.check(samples.inputs)
+    half.check(first.inputs)
+    return first.inputs
