@@ -31,9 +31,8 @@ from hosfl.halves.narrow import narrow_bfloat16_as_floats
 from hosfl.probing.probe import EmbeddingGradients
 from hosfl.protocol.weights import Weights
 
-NEGLIGIBLE = (
-    1e-3  # relative to the largest gradient: smaller ones, such as of a key's bias, may be rounding errors only
-)
+# Relative to the largest gradient: smaller ones, such as that of a key's bias, may be rounding errors alone.
+NEGLIGIBLE = 1e-3
 aten = torch.ops.aten
 
 
@@ -56,7 +55,7 @@ def export_gradient(
     Raises ExportError as `export_half`, and for a half whose backward pass torch cannot export.
     """
     with export_source(half, sample) as source, EmbeddingGradients():
-        model = _traced_backward(source, [entry] if entry else [])
+        model = _trace_backward(source, [entry] if entry else [])
         graph = _extract_gradients(model, *externalize_weights(model, source, True, running), bool(entry))
         _compare(source, source.batches(max_sizes), entry, graph, running)
     return graph
@@ -71,7 +70,7 @@ class _InnerProduct(PositionalHalf):
         return (cut * multiplier).sum(), *entry_inputs
 
 
-def _traced_backward(source: ExportSource, entries: Sequence[str]) -> Any:
+def _trace_backward(source: ExportSource, entries: Sequence[str]) -> Any:
     """Export both passes, and return the model in onnxscript's representation.
 
     Its outputs are those of `_InnerProduct`, then the gradients.
@@ -98,15 +97,15 @@ def _traced_backward(source: ExportSource, entries: Sequence[str]) -> Any:
         arguments = (torch.ones_like(cut), *inputs.values())
         forward = torch.export.export(product, arguments, dynamic_shapes=((cut_sizes, *input_sizes),))
         _remove_tied_names(forward)
-        both = _export_forward_backward(forward)
-        outputs, first = both.graph_signature.output_specs, _first_names(product)
+        passes = _export_forward_backward(forward)
+        outputs, first = passes.graph_signature.output_specs, _first_names(product)
         names = [first.get(str(output.target)) for output in outputs]
         for output in outputs:
             output.kind = OutputKind.USER_OUTPUT  # the exporter drops outputs of any other kind
-        both.module_call_graph[0].signature.out_spec = tree_structure(tuple(range(len(outputs))))
-        both = both.run_decompositions(DECOMPOSITIONS)
+        passes.module_call_graph[0].signature.out_spec = tree_structure(tuple(range(len(outputs))))
+        passes = passes.run_decompositions(DECOMPOSITIONS)
         program = torch.onnx.export(
-            both,
+            passes,
             dynamo=True,
             optimize=False,
             verbose=False,

@@ -407,7 +407,10 @@ class _Traced:
 
 
 def _trace_repeatedly(model: nn.Module, opened: list[nn.Module], mixed_modes: bool) -> _Traced:
-    """Trace the forward pass in eval mode, in train mode and in other contexts. mixed_modes: of the model's modules."""
+    """Trace the forward pass in eval mode, in train mode and in other contexts, and compare the traces.
+
+    mixed_modes: whether some of the model's modules are in train mode and others in eval mode.
+    """
     trace = _trace_once(model, opened, False)
     values = _attribute_values(model)
     in_train_mode = _trace_once(model, opened, True)
