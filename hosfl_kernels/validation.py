@@ -297,11 +297,11 @@ def check_tensors(tensors: Sequence[Array], starts: Sequence[int] | None = None)
 def _check_channels_last(x: Any, name: str) -> None:
     """Raise RuntimeError unless x, which is not row-major, is in channels_last."""
     if is_numpy(x) and not x.flags.aligned:
-        raise RuntimeError(f"{name} does not lie where its numbers can be read (it is not aligned): call it on a copy")
+        raise RuntimeError(f"{name} is not aligned to its dtype in memory: pass a copy")
     if not is_channels_last(x):
         strides = x.strides if is_numpy(x) else x.stride()
         raise RuntimeError(
-            f"{name} is not contiguous, nor in channels_last (strides {strides}): call it on a contiguous one"
+            f"{name} is not contiguous, nor in channels_last (strides {strides}): pass a contiguous copy"
         )
 
 

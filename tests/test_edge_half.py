@@ -656,7 +656,7 @@ def test_a_runtime_that_misses_moves_is_found_out(name, tmp_path, monkeypatch):
 
         run = Copies(tmp_path, moving_of(half), len(pieces), threads=1)
         before = [t.copy() for t in run.tensors]
-        with pytest.raises(HalfError, match=rf"goes on with old values of {stale}: install"):
+        with pytest.raises(HalfError, match=rf"keeps using old values of {stale}: install"):
             run.check(inputs)
         assert all(np.array_equal(a, b) for a, b in zip(before, run.tensors, strict=True))
 
@@ -671,7 +671,7 @@ def test_a_runtime_that_makes_other_numbers_once_is_found_out(off, folder, monke
 
     monkeypatch.setattr(Half, "_run", off_once)
     half = Half(folder, [])
-    with pytest.raises(HalfError, match="comes back to other numbers: install"):
+    with pytest.raises(HalfError, match="does not restore its output: install"):
         half.check(arrays(numbers()))
 
 

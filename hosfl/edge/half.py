@@ -115,7 +115,7 @@ class Half:
                     raise HalfError(f"{name!r} moves and is {dtype}: float32 or bfloat16 is needed")
                 arrays.append(stored[name])
         except (OSError, SafetensorError) as error:
-            raise HalfError(f"{self._file} cannot be read: {error}; fetch it anew") from error
+            raise HalfError(f"{self._file} cannot be read: {error}; fetch it again") from error
         return arrays
 
     def __call__(self, inputs: Arrays) -> NDArray[np.float32]:
@@ -248,7 +248,7 @@ def open_session(graph: Path, base: Path, moving: Sequence[str], values: Sequenc
     if session.get_modelmeta().custom_metadata_map.get(LAYOUT) != layout_digest(base):
         raise HalfError(f"{graph} was not made for {base}; {MISMATCH}")
     if others := {output.type for output in session.get_outputs()} - {"tensor(float)"}:
-        raise HalfError(f"{graph} makes {', '.join(sorted(others))}, and no half does: fetch it anew")
+        raise HalfError(f"{graph} makes {', '.join(sorted(others))}, and no half does: fetch it again")
     return session
 
 
@@ -292,7 +292,7 @@ def check_updates_seen(
         for tensor, values in zip(tensors, saved, strict=True):
             tensor[...] = values
     if not (same and _is_same(run(), before)):
-        fault = f"goes on with old values of {', '.join(missed)}" if missed else "comes back to other numbers"
+        fault = f"keeps using old values of {', '.join(missed)}" if missed else "does not restore its output"
         raise HalfError(f"onnxruntime {onnxruntime.__version__} {fault}: install another version")
 
 
