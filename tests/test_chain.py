@@ -721,7 +721,7 @@ def test_what_is_no_chain_is_refused():
             r"forward pass of Decides: it takes its input's numbers or shape .*\(test_chain\.py, line \d+: return",
         ),
         (Auxiliary(), "Auxiliary differs between train mode"),
-        (Skips(), "nowhere in its forward pass one tensor alone"),
+        (Skips(), "there is no place in its forward pass where a single tensor"),
         (nn.ModuleList([nn.Linear(2, 2)]), "cannot follow the forward pass of ModuleList"),
     ):
         with pytest.raises(CutError, match=match):

@@ -335,7 +335,7 @@ def test_the_digits_half_has_one_such_layer():
 
 
 def test_nothing_to_narrow(folder, capsys):  # noqa: F811
-    with pytest.raises(ValueError, match="'int8' finds nothing to store so: every weight of the client half moves"):
+    with pytest.raises(ValueError, match="'int8' finds nothing to store: every weight of the client half is trainable"):
         train(config(folder, frozen="int8"))
     with pytest.raises(ValueError, match="finds nothing"):
         narrow_weights(nn.LSTM(3, 4).requires_grad_(False), "int8")

@@ -62,8 +62,8 @@ def narrow_weights(half: nn.Module, frozen: str) -> nn.Module:
             module.__class__ = _narrow_class(kind, tuple(wide))
     if not narrowed:
         raise ValueError(
-            f"frozen={frozen!r} finds nothing to store so: every weight of the client half moves, or is of a kind that"
-            " stays as it is; choose what moves by trains"
+            f"frozen={frozen!r} finds nothing to store: every weight of the client half is trainable, or of a kind that"
+            " is not narrowed; choose what is trained by trains"
         )
     return half
 

@@ -122,7 +122,7 @@ def _inject(half: nn.Module, config: Any, seed: int, public: Inputs | None) -> N
         if factors is not None:
             _load_eva(tuner, factors)
     if not any(p.requires_grad and p.numel() for p in half.parameters()):
-        raise ValueError("nothing of these adapters moves: choose others")
+        raise ValueError("these adapters have no trainable parameters: choose others")
     disable_fused_encoder(half)
     _register_fixed_tensors(half, old_ids)
 

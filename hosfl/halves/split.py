@@ -255,7 +255,7 @@ def find_cutter(model: nn.Module) -> Cutter:
     try:
         chain = trace_chain(model)
         if not chain.cut_points:
-            raise CutError("nowhere in its forward pass one tensor alone goes from module to module")
+            raise CutError("there is no place in its forward pass where a single tensor goes from module to module")
     except CutError as error:
         raise CutError(
             f"cannot cut a {type(model).__name__}: {error}; build a SplitModel of two modules of your own"
