@@ -227,7 +227,7 @@ def update_(
         rule = hosfl_kernels.AdamW()
         moments = [[torch.zeros_like(w) for w in weights] for _ in range(rule.moments)]
         steps = rule.steps(rounds=[0, 1], rates=[1e-3, 1e-3])  # two rounds
-        seeds, coefficients = [[1, 2], [3, 4]], [[0.5, -0.5], [0.25, 0.5]]  # two directions in each round
+        seeds, coefficients = [[1, 2], [3, 4]], [[0.5, -0.5], [0.25, 0.5]]  # of 2 directions each
         hosfl_kernels.update_(weights, moments, rule, seeds, coefficients, steps)
 
     Args:

@@ -775,7 +775,7 @@ REFUSED = {
     "a setting of another type": (lambda files: other_settings(files, batch="many"), "do not work here"),
     "settings that are not its header's": (lambda files: other_settings(files, batch=4), "batch was 8, is 4"),
     "another log": (lambda files: changed(files, log="0" * 64), "another than that of its log"),
-    "no header": (lambda files: sealed(files, header=b"HSFL"), "header is none"),
+    "no header": (lambda files: sealed(files, header=b"HSFL"), "header is invalid"),
     "a header and more": (lambda files: sealed(files, header=files["header"] + b"\0"), "another than that of its log"),
     "no base": (lambda files: sealed(files, base=b"rubbish"), "no safetensors file"),
     "another base": (lambda files: sealed(files, base=files["base"][:-1] + b"\1"), "other weights than its log"),
@@ -834,7 +834,7 @@ def test_a_graph_is_tried_on_the_longest_texts_that_clients_send(estimator):
     config = {**SETTINGS, **FRESH, "task": "", "server_rate": 0.05, "client_rate": 0.1, "partition": "iid"}
     federation, _ = assemble(Config(**config | {"estimator": estimator, "seed": 6}), task=task)
     assert federation.make(0).batch(0)[0]["input_ids"].shape[1] == 7
-    with pytest.raises(ExportError, match="of 4 samples of 12 tokens numbers differ"):
+    with pytest.raises(ExportError, match="for 4 samples of 12 tokens, numbers differ"):
         offered(federation, edge=True)
 
 

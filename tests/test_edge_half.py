@@ -486,7 +486,7 @@ def test_statistics_that_are_others_are_found_out():
         return x
 
     half[1].forward = own.__get__(half[1])
-    with pytest.raises(ExportError, match="statistics are not the half's: of 3 samples numbers differ"):
+    with pytest.raises(ExportError, match="statistics are not the half's: for 3 samples, numbers differ"):
         export_statistics(half.eval(), sample)
 
 
@@ -817,7 +817,7 @@ REFUSED = {
     "branches in a loop": (
         lambda: Of(lambda self, y: nn.functional.embedding_bag(y.long().abs().flatten(), y.abs(), OFFSETS)),
         numbers(),
-        "loops or branches in one another",
+        "nested loops or branches",
     ),
     "float64": (lambda: nn.Linear(6, 4).double(), numbers(), "weight is float64: make the half float32"),
     "a tuple": (lambda: nn.Linear(6, 4), (numbers(),), "input is a tuple"),
@@ -833,7 +833,7 @@ REFUSED = {
     ),
     "experts in groups": (lambda: family("mixtral"), texts(), r'set_experts_implementation\("batched_mm"\)'),
     "a fixed batch": (lambda: Of(lambda self, y: y.reshape(3, 4)), numbers(), "the Of: .*"),
-    "noise": (lambda: Of(lambda self, y: y + torch.rand_like(y)), numbers(), "is not the half: of 3 samples numbers"),
+    "noise": (lambda: Of(lambda self, y: y + torch.rand_like(y)), numbers(), "is not the half: for 3 samples, numbers"),
     "a large constant": (
         lambda: Of(lambda self, y: y + self.table[:4, 0], table=LARGE),
         numbers(),
@@ -893,11 +893,11 @@ def test_an_argument_may_be_called_as_something_in_the_graph(name, tmp_path):
 
 
 SIZES = {
-    "one token": (lambda rows, tokens: tokens == 1, (0, 0), "of 4 samples of 1 tokens numbers differ"),
-    "few tokens": (lambda rows, tokens: tokens < 4, (0, 0), "of 4 samples of 1 tokens numbers differ"),
-    "many tokens": (lambda rows, tokens: tokens > 20, (8, 30), "of 4 samples of 30 tokens numbers differ"),
-    "one sample": (lambda rows, tokens: rows == 1, (0, 0), "of 1 samples of 8 tokens numbers differ"),
-    "many samples": (lambda rows, tokens: rows > 20, (2**32 - 1, 12), "of 256 samples of 8 tokens numbers differ"),
+    "one token": (lambda rows, tokens: tokens == 1, (0, 0), "for 4 samples of 1 tokens, numbers differ"),
+    "few tokens": (lambda rows, tokens: tokens < 4, (0, 0), "for 4 samples of 1 tokens, numbers differ"),
+    "many tokens": (lambda rows, tokens: tokens > 20, (8, 30), "for 4 samples of 30 tokens, numbers differ"),
+    "one sample": (lambda rows, tokens: rows == 1, (0, 0), "for 1 samples of 8 tokens, numbers differ"),
+    "many samples": (lambda rows, tokens: rows > 20, (2**32 - 1, 12), "for 256 samples of 8 tokens, numbers differ"),
 }
 
 
@@ -935,7 +935,7 @@ def test_an_export_that_computes_something_else_is_found_out(monkeypatch):
 
     monkeypatch.setattr(graph.json, "loads", exchanged)
     half = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)).requires_grad_(False)
-    with pytest.raises(ExportError, match="is not the half: of 3 samples numbers differ by"):
+    with pytest.raises(ExportError, match="is not the half: for 3 samples, numbers differ by"):
         export_half(half, numbers())
 
 
@@ -955,7 +955,7 @@ class Opens(nn.Module):
 def test_what_a_factor_of_zero_hides_is_compared(export):
     half = Opens().eval()
     before = copy.deepcopy(half.state_dict())
-    with pytest.raises(ExportError, match="where its weights have moved: of 3 samples numbers differ"):
+    with pytest.raises(ExportError, match="where its weights have moved: for 3 samples, numbers differ"):
         export(half, numbers())
     assert all(torch.equal(before[name], t) for name, t in half.state_dict().items())
 

@@ -314,7 +314,7 @@ def _compare(
                 distance, largest = np.abs(a - e).max(initial=0), np.abs(e).max(initial=0)
                 if not distance <= TOLERANCE * max(largest, least):
                     raise ExportError(
-                        f"the graph's gradient of {name} is not torch's{where}: of {describe_batch(inputs)} numbers"
+                        f"the graph's gradient of {name} is not torch's{where}: for {describe_batch(inputs)}, numbers"
                         f" differ by {distance:.3g}, and the largest is {largest:.3g}"
                     )
             return arguments

@@ -143,7 +143,7 @@ def _compare(source: ExportSource, batches: Sequence[Mapping[str, Tensor]], grap
                 return
             statistics = run({name: x.numpy() for name, x in inputs.items()})
             sizes = [len(t) for t in running.values()]
-            _check(statistics, expected.numpy(), sizes, f"{where}: of {describe_batch(inputs)}")
+            _check(statistics, expected.numpy(), sizes, f"{where}: for {describe_batch(inputs)}")
 
         for inputs in batches:
             compare(inputs)
@@ -163,6 +163,6 @@ def _check(statistics: NDArray[Any], expected: NDArray[Any], sizes: Sequence[int
         for actual, part, scale in zip(actual_parts[n : n + 2], parts[n : n + 2], scales, strict=True):
             if not (distance := np.abs(actual - part).max(initial=0)) <= TOLERANCE * scale:
                 raise ExportError(
-                    f"the graph's statistics are not the half's{batch} numbers differ by {distance:.3g}, and the"
+                    f"the graph's statistics are not the half's{batch}, numbers differ by {distance:.3g}, and the"
                     f" largest is {scale:.3g}"
                 )

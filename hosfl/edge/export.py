@@ -72,7 +72,7 @@ def _compare(
             cut = run({name: x.numpy() for name, x in inputs.items()})
             if difference := _difference(cut, source.cut(inputs).numpy(), mask_of(inputs)):
                 raise ExportError(
-                    f"the graph of the {source.kind} is not the half{where}: of {describe_batch(inputs)} {difference}"
+                    f"the graph of the {source.kind} is not the half{where}: for {describe_batch(inputs)}, {difference}"
                 )
 
         for inputs in batches:

@@ -97,7 +97,7 @@ def _check_branches(graph: Any) -> None:
     """Raise ExportError for loops or branches within others."""
     if branches := {node.op_type for node in _inner_nodes(graph) if _subgraphs(node)}:
         raise ExportError(
-            f"the graph has loops or branches in one another ({', '.join(sorted(branches))}), over which onnxruntime"
+            f"the graph has nested loops or branches ({', '.join(sorted(branches))}), over which onnxruntime"
             " may end the process: write that layer's forward pass without them, or cut the model elsewhere"
         )
 

@@ -40,7 +40,7 @@ def join(line: Line, number: int, folder: Path, *, data: str, threads: int = 0) 
     threads: onnxruntime's; 0: as many as the kernels use. Raises JoinError, DataError, ValueError and OSError.
     """
     if not data:
-        raise ValueError("a client without torch knows no task that has data for it: name its own with --data")
+        raise ValueError("a client without torch needs data of its own: name them with --data")
 
     def make(offer: bytes) -> Endpoint[EdgeClient]:
         try:
@@ -172,10 +172,10 @@ def _read_terms(data: bytes, sha256: str, settings: Settings) -> tuple[Run, Head
     try:
         header, end = decode_header(data)
         if end != len(data) or header_digest(header) != sha256:
-            raise JoinError("the server's header is another than that of its log")
+            raise JoinError("the server's header is not that of its log")
         return replace(run_of(header), estimator=settings.estimator), header
     except LogError as error:
-        raise JoinError(f"the server's header is none: {error}") from None
+        raise JoinError(f"the server's header is invalid: {error}") from None
 
 
 def _check_settings(header: Header, raw_settings: dict[str, Any]) -> None:
@@ -185,7 +185,7 @@ def _check_settings(header: Header, raw_settings: dict[str, Any]) -> None:
     """
     header_settings = {name: value for name, value in header.settings.items() if name in raw_settings}
     if different := differences(header_settings, decisive(raw_settings)):
-        raise JoinError(f"the server's header is of other settings than it tells: {'; '.join(different)}")
+        raise JoinError(f"the settings in the server's header are not those that it offers: {'; '.join(different)}")
 
 
 def _check_base(path: Path, header: Header, digested_tensors: Sequence[str]) -> None:
@@ -201,7 +201,7 @@ def _check_base(path: Path, header: Header, digested_tensors: Sequence[str]) -> 
     if digest != header.base:
         raise JoinError("the server's base holds other weights than its log's header says")
     if missing := [name for name in digested_tensors if name not in weights]:
-        raise JoinError(f"the server's base has no {missing[0]}, which the digest of its half is of")
+        raise JoinError(f"the server's base has no {missing[0]}, which is a part of its half's digest")
 
 
 def _digested_arrays(

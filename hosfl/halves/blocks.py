@@ -76,8 +76,8 @@ def _find_blocks(
     layers = sorted(set(numbers))
     if count > len(layers):
         raise ValueError(
-            f"blocks={count}: only {len(layers)} of the client half's layers have something that moves; choose as many "
-            "blocks or fewer, or let more move by trains"
+            f"blocks={count}: only {len(layers)} of the client half's layers have trainable parameters; choose as many "
+            "blocks or fewer, or train more of them by trains"
         )
     groups = [group.tolist() for group in np.array_split(layers, count)]
     entries = layer_entries(half)

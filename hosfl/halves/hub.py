@@ -146,7 +146,7 @@ def _load(kind: str, name: str, **settings: Any) -> Any:
     loader = getattr(_transformers(), kind)
     may_be_on_hub = name.count("/") < 2 and not name.startswith((".", "/", "~"))
     if not may_be_on_hub and not Path(name).is_dir():
-        raise FileNotFoundError(f"no folder {name} with a model, and no model on the hub can be called so")
+        raise FileNotFoundError(f"there is no folder {name} with a model, and no model on the hub can have this name")
     return loader.from_pretrained(name, **settings)
 
 

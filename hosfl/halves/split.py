@@ -319,7 +319,7 @@ def _unwrap(model: nn.Module) -> nn.Module:
     if name in WRAPPERS:
         raise CutError(f"cannot cut through {name}: cut the model inside, its {WRAPPERS[name]}")
     if isinstance(model, torch.jit.ScriptModule):
-        raise CutError("cannot cut a scripted module: cut the module as it was")
+        raise CutError("cannot cut a scripted module: cut the module that it was scripted from")
     base: Any = getattr(model, "get_base_model", None)
     if hasattr(model, "peft_config") and base:
         adapters: Any = model.peft_config
@@ -337,7 +337,9 @@ def _unwrap(model: nn.Module) -> nn.Module:
         model = base()
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
-            raise CutError(f"cannot cut a model with a scripted module, {path}: put the module as it was in its place")
+            raise CutError(
+                f"cannot cut a model with a scripted module, {path}: use the module that it was scripted from"
+            )
         if path and type(module).__name__ == "OptimizedModule":
             raise CutError(
                 f"cannot cut a model with a compiled module, {path}: put the module inside in its place, its"

@@ -252,7 +252,9 @@ def _compare_buffers(model: nn.Module, halves: Any, whole: _PassRecord, parts: _
     for buffer in {**whole.written, **parts.written}:
         original = buffer if buffer in names else _find_original(buffer, copies.get(buffer, ""), names)
         if original is None:
-            raise CutError(f"the halves are not {_name(model)}: each writes into a buffer of its own that is one there")
+            raise CutError(
+                f"the halves are not {_name(model)}: each writes into its own copy of what is one buffer in the model"
+            )
         values = [whole.written.get(original), parts.written.get(buffer)]
         if values[0] is None or values[1] is None or not _has_same_values(values[0], values[1]):
             raise CutError(

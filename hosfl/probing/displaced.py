@@ -279,7 +279,9 @@ def refuse_writers(module: nn.Module) -> None:
     """Raise TypeError for scripted modules, ValueError for modules that write their weights in a forward pass."""
     modules = list(module.modules())
     if any(isinstance(m, torch.jit.ScriptModule) for m in modules):
-        raise TypeError("cannot evaluate a scripted module at other weights than its own: pass the module as it was")
+        raise TypeError(
+            "cannot evaluate a scripted module at other weights than its own: pass the module that it was scripted from"
+        )
     if any(getattr(m, "max_norm", None) is not None for m in modules):
         raise ValueError("an embedding with max_norm writes its weights in every forward pass: set max_norm=None")
 
