@@ -608,7 +608,7 @@ def test_split_is_the_whole_model():
     for at in (0, 3):
         with pytest.raises(ValueError, match=r"cut points are 1 \(1\), 2 \(2\)"):
             split(model, at)
-    with pytest.raises(TypeError, match="cannot cut a Linear: nowhere"):
+    with pytest.raises(TypeError, match="cannot cut a Linear: there is no place"):
         split(nn.Linear(2, 2), 1)
 
 
