@@ -338,7 +338,8 @@ def _unwrap(model: nn.Module) -> nn.Module:
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise CutError(
-                f"cannot cut a model with a scripted module, {path}: put the module that it was scripted from in its place"
+                f"cannot cut a model with a scripted module, {path}: put the module that it was scripted from in its"
+                " place"
             )
         if path and type(module).__name__ == "OptimizedModule":
             raise CutError(
