@@ -54,7 +54,7 @@ from benchmarks.shapes import LISTS, Shapes
 from hosfl.files import write_atomically
 from hosfl.halves.inputs import evaluating
 from hosfl.optim import ZOSGD
-from hosfl.probing.probe import Moved, probe_in_place, probe_untouched, trainable
+from hosfl.probing.probe import PerturbedTensors, probe_in_place, probe_untouched, trainable
 from hosfl.runs.report import machine
 
 ROOT = Path(__file__).parent.parent
@@ -451,7 +451,7 @@ def probes(in_place: bool, width: int, layers: int) -> Row:
         def answer() -> Tensor:
             cut = half(inputs)
             if in_place:
-                return probe_in_place(lambda: half(inputs), Moved.of(half), multiplier, cut, seeds, mu)
+                return probe_in_place(lambda: half(inputs), PerturbedTensors.of(half), multiplier, cut, seeds, mu)
             return probe_untouched(half, inputs, multiplier, cut, seeds, mu, "rademacher")
 
         count = sum(p.numel() for p in parameters)

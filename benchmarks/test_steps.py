@@ -27,7 +27,7 @@ from hosfl.methods.grouped import GroupedServer
 from hosfl.methods.server import Server
 from hosfl.optim import ZOSGD
 from hosfl.probing.compiled import call_compiled
-from hosfl.probing.probe import Moved, probe_in_place, probe_untouched, trainable
+from hosfl.probing.probe import PerturbedTensors, probe_in_place, probe_untouched, trainable
 from hosfl.protocol.messages import Cut
 from hosfl.runs.memory import peak_growth
 from hosfl_kernels import snap_
@@ -97,7 +97,7 @@ def test_client(benchmark: Any, which: str, way: str, device: str) -> None:
 
         def in_place(how: Callable[[nn.Module, Any], Tensor] = call, read: nn.Module | None = half) -> Tensor:
             forward = partial(how, half, inputs)
-            return probe_in_place(forward, Moved.of(half), multiplier, forward(), seeds, mu, module=read)
+            return probe_in_place(forward, PerturbedTensors.of(half), multiplier, forward(), seeds, mu, module=read)
 
         def only_read() -> Tensor:
             return probe_untouched(half, inputs, multiplier, call(half, inputs), seeds, mu, "rademacher")

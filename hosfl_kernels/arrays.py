@@ -1,6 +1,6 @@
-"""One interface to numpy arrays and torch tensors: what argument validation and the C++ read of either.
+"""One interface to numpy arrays and torch tensors, for argument validation and the C++ backend.
 
-Nothing here imports torch, except for a tensor, whose owner has imported it already.
+torch is imported only when there is a tensor, so that the caller has imported it already.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ Layouts = list[tuple[int, int, Any, bool]]  # see `layouts`
 
 
 def is_numpy(x: object) -> TypeGuard[NDArray[Any]]:
+    """Whether x is a numpy array."""
     return isinstance(x, np.ndarray)
 
 
 def may_be_tensor(x: object) -> bool:
-    """Whether x looks like a tensor. `tensors.check`, which needs torch, makes sure.
+    """Whether x looks like a tensor. `tensors.check`, which needs torch, makes sure of it.
 
     Tests for an attribute that is not a method: torch.compile of torch 2.8 does not see methods.
     """
@@ -35,35 +36,35 @@ def may_be_tensor(x: object) -> bool:
 
 
 def tensors_module() -> Any:
-    """hosfl_kernels.tensors. Importing it registers the ops with torch."""
-    import hosfl_kernels.tensors as tensors  # in half the time that `from hosfl_kernels import tensors` takes
+    """Import hosfl_kernels.tensors, which registers the ops with torch, and return it."""
+    import hosfl_kernels.tensors as tensors  # takes half the time of `from hosfl_kernels import tensors`
 
     return tensors
 
 
 @cache
 def dtype_name(dtype: Any) -> str | None:
-    """The name in DTYPES of a dtype of numpy or torch, or None.
+    """The name in DTYPES of a dtype of numpy or torch; None if it is another dtype.
 
-    numpy has no bfloat16: uint16 stands for its bits, and the bfloat16 of the package ml_dtypes is taken too.
+    numpy has no bfloat16: uint16 stands for its bits, and the bfloat16 of the package ml_dtypes is taken, too.
     """
-    name = str(dtype)  # ">f4" for other machines' order of bytes
+    name = str(dtype)  # ">f4", which is in no list, for foreign byte orders
     name = "bfloat16" if name == "uint16" else name.removeprefix("torch.")
     return name if name in DTYPES else None
 
 
 def addresses(xs: Sequence[Any]) -> list[int]:
-    """The address of the first element of each."""
+    """The address of each array's first element."""
     return [x.ctypes.data for x in xs] if xs and is_numpy(xs[0]) else [x.data_ptr() for x in xs]
 
 
 def sizes(xs: Sequence[Any]) -> list[int]:
-    """The number of elements of each."""
+    """The number of each array's elements."""
     return [x.size for x in xs] if xs and is_numpy(xs[0]) else [x.numel() for x in xs]
 
 
 def are_row_major(xs: Sequence[Any]) -> list[bool]:
-    """Whether each is contiguous in C order, and if it is a numpy array also aligned."""
+    """For each array, whether it is contiguous in C order and, if it is a numpy array, aligned."""
     return (
         [x.flags.c_contiguous and x.flags.aligned for x in xs]
         if xs and is_numpy(xs[0])
@@ -72,17 +73,17 @@ def are_row_major(xs: Sequence[Any]) -> list[bool]:
 
 
 def layouts(xs: Sequence[Any]) -> Layouts:
-    """(begin, end, device, row_major) of each; begin and end are addresses, row_major as in `are_row_major`."""
+    """(begin, end, device, row_major) of each array. begin, end: addresses. row_major: see `are_row_major`."""
     if xs and is_numpy(xs[0]):
         return [(at := x.ctypes.data, at + x.nbytes, "cpu", x.flags.c_contiguous and x.flags.aligned) for x in xs]
     return [(at := x.data_ptr(), at + x.nbytes, x.device, x.is_contiguous()) for x in xs]
 
 
 def cache_key(xs: Sequence[Any]) -> tuple[Any, ...] | None:
-    """All that validation reads of a list of tensors, as a hashable key: addresses, sizes, devices, dtypes.
+    """A hashable key of all that validation reads from a list of tensors: addresses, sizes, devices, dtypes.
 
-    None for numpy arrays, and where a tensor is not contiguous. One map of a C function reads each of these of all
-    tensors: a Python loop takes three times as long.
+    None for numpy arrays, and if a tensor is not contiguous. Each property is read by `map` with a C function: a Python
+    loop takes three times as long.
     """
     if not xs or is_numpy(xs[0]):
         return None
@@ -94,7 +95,7 @@ def cache_key(xs: Sequence[Any]) -> tuple[Any, ...] | None:
 
 
 def is_channels_last(x: Any) -> bool:
-    """Whether x is a tensor in channels_last or channels_last_3d."""
+    """Whether x is a tensor in the memory format channels_last or channels_last_3d."""
     if is_numpy(x):
         return False
     import torch
@@ -104,7 +105,7 @@ def is_channels_last(x: Any) -> bool:
 
 
 def mixed_kinds_error(x: Any, name: str) -> TypeError:
-    """The TypeError for an element that is no array or tensor, or a tensor among arrays, or the reverse."""
+    """Return the TypeError for an element that is neither array nor tensor, or of the other kind than the rest."""
     if is_numpy(x) or may_be_tensor(x):
         kind, others = ("numpy array", "torch.Tensors") if is_numpy(x) else ("torch.Tensor", "numpy arrays")
         return TypeError(f"{name} is a {kind} among {others}: pass one kind in a call")
@@ -112,12 +113,12 @@ def mixed_kinds_error(x: Any, name: str) -> TypeError:
 
 
 def to_numpy(x: Any) -> NDArray[Any]:
-    """An array, or a tensor on the CPU, as a numpy array that shares its memory."""
+    """View an array, or a tensor on the CPU, as a numpy array."""
     return x if is_numpy(x) else x.detach().numpy()
 
 
 def storage(x: Any) -> NDArray[Any]:
-    """An array, or a tensor on the CPU, as spec.py takes it: a flat view, bfloat16 as uint16."""
+    """View an array, or a tensor on the CPU, in the format of spec.py: flat, bfloat16 as uint16."""
     if dtype_name(x.dtype) != "bfloat16":
         return to_numpy(x).reshape(-1)
     if not is_numpy(x):
@@ -128,12 +129,12 @@ def storage(x: Any) -> NDArray[Any]:
 
 
 def max_abs(x: NDArray[np.float32]) -> float:
-    """The largest absolute value; 0 if x is empty, NaN if it has one."""
+    """The largest absolute value; 0 if x is empty, NaN if x contains one."""
     return float(np.maximum(x.max(), -x.min())) if x.size else 0.0
 
 
 def snap_(x: NDArray[np.float32], step: float) -> None:
-    """`spec.snap`, in place."""
+    """Apply `spec.snap` in place."""
     np.divide(x, np.float32(step), out=x)
     np.rint(x, out=x)
     np.multiply(x, np.float32(step), out=x)

@@ -2,10 +2,10 @@
 
     python -m hosfl_kernels.check [--backend numpy|cpp|triton|cuda] [--vectors FILE]
 
-Prints one line per backend and case; exits with 1 on any difference and says where it is. `cpp` runs with every
-instruction set of this processor. The Triton backend runs on the GPU, with the tiles of small and of large launches
-where they differ, or without one in Triton's interpreter; `cuda`, the kernels of a HOSFL_CUDA=1 build, on a GPU only.
-Both need torch; the others run without it, on numpy arrays.
+Prints one line per backend and case, with the place of the first difference, and exits with 1 if there is any. `cpp`
+runs with every instruction set of this processor. `triton` runs on the GPU, with the tiles of small and of large
+launches if they differ; without a GPU it runs in Triton's interpreter. `cuda`, the kernels of a HOSFL_CUDA=1 build,
+runs on a GPU only. Both need torch; the other backends run without it, on numpy arrays.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from hosfl_kernels.arrays import DTYPES, is_numpy, storage
 from hosfl_kernels.place import DISTRIBUTIONS, Place
 from hosfl_kernels.rules import SGD, AdamW, Rule
 
-TOLERANCE = 1e-6  # of a sum's absolute terms, where a backend sums in an order of its own
+TOLERANCE = 1e-6  # relative to the sum of absolute terms, for backends that sum in another order
 SEED, ROUNDING_SEED = 0x9E3779B97F4A7C15, 0xD1B54A32D192ED03
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call of an op: `replay_` with so many `records`, or `perturb_` if that is 1."""
+    """One call of an op: `replay_` with `records` records, or `perturb_` if that is 1."""
 
     dtype: str = "float32"
     dist: str = "rademacher"
@@ -46,10 +46,12 @@ class Case:
 
     @property
     def place(self) -> Place:
+        """The place of the case's one tensor."""
         return Place.single(self.dist, self.factor, self.stream, self.start)
 
     @property
     def op(self) -> str:
+        """The op and its size, for the case's name."""
         return "perturb_" if self.records == 1 else f"replay_ of {self.records}"
 
     def __str__(self) -> str:
@@ -59,7 +61,7 @@ class Case:
 
 @dataclass(frozen=True)
 class UpdateCase(Case):
-    """`records` rounds of an update rule with so many directions each."""
+    """`records` rounds of an update rule with `directions` directions each."""
 
     rule: Rule = SGD()
     directions: int = 1
@@ -78,13 +80,15 @@ class ProjectCase(Case):
         return f"project of {self.records}"
 
 
+# (dtype, rounding)
 KINDS = [("float32", "nearest"), ("bfloat16", "nearest"), ("bfloat16", "stochastic"), ("float16", "nearest")]
 RULES: list[Rule] = [SGD(weight_decay=0.1), SGD(momentum=0.9), AdamW(betas=(0.8, 0.99), weight_decay=0.1)]
 
 
 def _update_cases() -> Iterator[UpdateCase]:
-    # Few and small: in Triton's interpreter a tile takes 20 ms per direction. The first crosses a block's end beyond 32
-    # bits, the second is wider than a row.
+    """Cases of `update_`."""
+    # Few and small cases: in Triton's interpreter a tile takes 20 ms per direction. The first one crosses a block's end
+    # beyond 32 bits, the second one is wider than a row.
     for rule in RULES:
         for dtype, rounding in KINDS:
             for dist in DISTRIBUTIONS:
@@ -95,6 +99,7 @@ def _update_cases() -> Iterator[UpdateCase]:
 
 
 def _project_cases() -> Iterator[ProjectCase]:
+    """Cases of `project`."""
     for dtype in DTYPES:
         for dist in DISTRIBUTIONS:
             yield ProjectCase(dtype, dist, n=1, stream=1, start=131_071, records=2)
@@ -105,6 +110,7 @@ def _project_cases() -> Iterator[ProjectCase]:
 
 
 def _cases() -> Iterator[Case]:
+    """Cases of `perturb_` and `replay_`."""
     # Sizes and starts around the edges of rows (1024), Gaussian blocks (4096), rounding blocks (8192) and
     # Rademacher blocks (131072), and beyond 32 bits.
     places = [(1, 0), (7, 1020), (1024, 0), (1025, 1023), (4099, 4093), (9001, 131_071), (3000, 2**32 - 1500)]
@@ -123,7 +129,7 @@ CASES = [*_cases(), *_update_cases(), *_project_cases()]
 
 
 def weights(case: Case) -> spec.Storage:
-    """Weights for a case: normal numbers of size 0.1, and the values that arithmetic gets wrong first."""
+    """Weights for a case: normal numbers with standard deviation 0.1, and edge cases of the arithmetic."""
     x = np.random.default_rng(case.n).standard_normal(case.n).astype(np.float32) * np.float32(0.1)
     special = [
         0.0,
@@ -145,12 +151,12 @@ def weights(case: Case) -> spec.Storage:
 
 
 def from_float32(x: spec.F32, dtype: str) -> spec.Storage:
-    """float32 values rounded to the dtype of that name, in the format of spec.py."""
+    """Round float32 values to the dtype of that name, in the format of spec.py."""
     return spec.from_float32(x, np.dtype("uint16" if dtype == "bfloat16" else dtype))
 
 
 def to_device(x: spec.Storage, device: str) -> Any:
-    """A copy as an array (device "numpy"), or as a tensor on one of torch's devices."""
+    """Copy storage into an array (device "numpy"), or into a tensor on one of torch's devices."""
     if device == "numpy":
         return x.copy()
     from hosfl_kernels import tensors
@@ -159,7 +165,7 @@ def to_device(x: spec.Storage, device: str) -> Any:
 
 
 def to_storage(x: Any) -> spec.Storage:
-    """An array or a tensor in the format of spec.py, on the host."""
+    """Return an array or a tensor in the format of spec.py, on the host."""
     return storage(x if is_numpy(x) else x.cpu())
 
 
@@ -167,7 +173,7 @@ def replay_arguments(case: Case) -> dict[str, Any]:
     """Seeds, coefficients and rounding seeds of a case, by name."""
     seeds = [spec.derive(SEED, case.n, r) for r in range(case.records)]
     rounding = [spec.derive(ROUNDING_SEED, case.n, r) for r in range(case.records)]
-    # The first puts bfloat16 weights in [1/8, 1/4) and float16 ones in [1, 2) exactly between two neighbours.
+    # The first moves bfloat16 weights in [1/8, 1/4) and float16 ones in [1, 2) exactly between two neighbours.
     coefficients = [2.0**-11] + [float(np.float32(1e-3 * (r + 1) * (-1) ** r)) for r in range(1, case.records)]
     return {
         "seeds": seeds,
@@ -177,7 +183,7 @@ def replay_arguments(case: Case) -> dict[str, Any]:
 
 
 def update_arguments(case: UpdateCase) -> tuple[tuple[str, list[float], list[int], list[float], Any], list[int] | None]:
-    """Rule, constants, seeds, coefficients and steps of a case, as backends take them; and its rounding seeds."""
+    """((rule, constants, seeds, coefficients, steps), rounding seeds) of a case, as backends take them."""
     p = case.directions
     record = replay_arguments(replace(case, records=case.records * p))
     steps = case.rule.steps(range(case.records), [1e-2 / (1 + r) for r in range(case.records)]).tolist()
@@ -186,7 +192,7 @@ def update_arguments(case: UpdateCase) -> tuple[tuple[str, list[float], list[int
 
 
 def moments(case: UpdateCase) -> list[spec.F32]:
-    """Moments of a case: m like the weights, v from nothing over subnormal numbers to infinity."""
+    """Moments of a case: m of the weights' size, v with zeros, subnormal numbers and infinity among its values."""
     moments = []
     for k in range(case.rule.moments):
         x = weights(replace(case, dtype="float32")) * np.float32(0.5)
@@ -198,7 +204,7 @@ def moments(case: UpdateCase) -> list[spec.F32]:
 
 
 def difference(got: Any, want: Any) -> str | None:
-    """None where the bits of two arrays or tensors are equal, else where they first differ. NaN equals NaN."""
+    """Describe where the bits of two arrays or tensors first differ; None if they are equal. NaN equals NaN."""
     a, b = to_storage(got), to_storage(want)
     view = np.uint32 if a.itemsize == 4 else np.uint16
     same = (a.view(view) == b.view(view)) | (np.isnan(spec.to_float32(a)) & np.isnan(spec.to_float32(b)))
@@ -211,7 +217,10 @@ def difference(got: Any, want: Any) -> str | None:
 
 
 def run_case(backend: ModuleType, case: Case, device: str) -> str | None:
-    """The difference between a backend and spec.py, or None. device: "numpy", or one of torch."""
+    """Run a case, and describe the difference between backend and spec.py; None if there is none.
+
+    device: "numpy", or one of torch's.
+    """
     if isinstance(case, UpdateCase):
         return _run_update(backend, case, device)
     if isinstance(case, ProjectCase):
@@ -221,8 +230,8 @@ def run_case(backend: ModuleType, case: Case, device: str) -> str | None:
     record = replay_arguments(case)
     rounding = record["rounding_seeds"]
     if case.records == 1:
-        one = None if rounding is None else rounding[0]
-        backend.perturb_([got], record["seeds"][0], record["coefficients"][0], case.place, one)
+        rounding_seed = None if rounding is None else rounding[0]
+        backend.perturb_([got], record["seeds"][0], record["coefficients"][0], case.place, rounding_seed)
     else:
         backend.replay_([got], record["seeds"], record["coefficients"], case.place, rounding)
     reference.replay_([want], record["seeds"], record["coefficients"], case.place, rounding)
@@ -230,6 +239,7 @@ def run_case(backend: ModuleType, case: Case, device: str) -> str | None:
 
 
 def _run_update(backend: ModuleType, case: UpdateCase, device: str) -> str | None:
+    """`run_case` for `update_`."""
     want, want_moments = weights(case), moments(case)
     got, got_moments = to_device(want, device), [to_device(m, device) for m in want_moments]
     record, rounding = update_arguments(case)
@@ -242,6 +252,7 @@ def _run_update(backend: ModuleType, case: UpdateCase, device: str) -> str | Non
 
 
 def _run_project(backend: ModuleType, case: ProjectCase, device: str) -> str | None:
+    """`run_case` for `project`."""
     x = from_float32(np.clip(spec.to_float32(weights(case)), -1, 1), case.dtype)
     seeds = replay_arguments(case)["seeds"]
     got, want = backend.project([to_device(x, device)], seeds, case.place), reference.project([x], seeds, case.place)
@@ -257,6 +268,7 @@ def _run_project(backend: ModuleType, case: ProjectCase, device: str) -> str | N
 
 
 def _from_bits(bits: Sequence[str], dtype: str) -> spec.Storage:
+    """Storage from the bits of its elements in hexadecimal."""
     words = [int(b, 16) for b in bits]
     if dtype == "float32":
         return np.array(words, np.uint32).view(np.float32)
@@ -264,7 +276,7 @@ def _from_bits(bits: Sequence[str], dtype: str) -> spec.Storage:
 
 
 def vector_cases(vectors: dict[str, Any], backend: ModuleType, device: str) -> Iterator[tuple[str, str | None]]:
-    """(name, difference or None) for every vector of a file."""
+    """Check a backend on a file's vectors, and yield (name, difference or None) for each."""
     for v in vectors["philox4x32_10"]:
         (k0, k1), counter = ([int(w, 16) for w in v[name].split()] for name in ("key", "ctr"))
         got = " ".join(f"{word:08x}" for word in backend.philox_words(k0 | k1 << 32, tuple(counter)))
@@ -284,7 +296,7 @@ def vector_cases(vectors: dict[str, Any], backend: ModuleType, device: str) -> I
             out = to_device(np.empty(len(want), np.float32), device)
             backend.noise_(out, seed, Place.single(dist, stream=stream, start=start))
             yield f"noise {dist} {name}", difference(out, want)
-        if backend is reference:  # the others show their rounding bits only by rounding
+        if backend is reference:  # other backends have no function for rounding bits
             bits = spec.rounding_bits(len(v["rounding_bits"]), seed, stream, start).tolist()
             yield f"rounding bits {name}", None if bits == v["rounding_bits"] else f"{bits} differ"
     for v in vectors["perturb"]:
@@ -302,7 +314,7 @@ def vector_cases(vectors: dict[str, Any], backend: ModuleType, device: str) -> I
 
 
 def modes(name: str, backend: ModuleType) -> Iterator[str]:
-    """Switch a backend to each of its modes in turn, and yield the mode's name. The last is the one in normal use."""
+    """Switch a backend to each of its modes in turn, and yield the mode's name. The last is the normal one."""
     if name == "cpp":
         for isa in _cpp.supported():
             _cpp.use_isa(isa)
@@ -318,6 +330,7 @@ def modes(name: str, backend: ModuleType) -> Iterator[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command. arguments: None: those of the process. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m hosfl_kernels.check", description=__doc__.split("\n")[0])
     parser.add_argument("--backend", choices=ops.NAMES, help="check this one only; default: all there are")
     parser.add_argument("--vectors", type=Path, metavar="FILE", help="also check the vectors of this JSON file")
@@ -331,7 +344,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     has_gpu = has_torch and sys.modules["torch"].cuda.is_available()
     interprets = has_torch and not has_gpu and options.backend in (None, "triton")
     if interprets and "TRITON_INTERPRET" not in os.environ:
-        # Triton looks at this once, when the kernels are imported: start again with it.
+        # Triton reads this once, when the kernels are imported: restart the process with it.
         os.environ["TRITON_INTERPRET"] = "1"
         sys.stdout.flush()
         argv = sys.argv[1:] if arguments is None else list(arguments)

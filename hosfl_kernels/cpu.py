@@ -1,4 +1,4 @@
-"""The C++ backend: arrays or tensors in, addresses and sizes out. The arguments were checked in ops.py."""
+"""The C++ backend: passes addresses and sizes of arrays or tensors to the C++. Arguments are validated by ops.py."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}  # enum Dtype of csrc/segme
 
 
 class _Codes(dict[Any, int]):
-    """The code in DTYPES of a dtype of numpy or torch; filled in as dtypes are looked up."""
+    """The codes of DTYPES by dtypes of numpy and torch. Entries are added as dtypes are looked up."""
 
     def __missing__(self, dtype: Any) -> int:
         self[dtype] = code = DTYPES[dtype_name(dtype)]  # type: ignore[index]
@@ -37,9 +37,9 @@ RULES = {"sgd": 0, "momentum": 1, "adamw": 2}  # enum Rule of csrc/segment.h
 
 
 def ieee_arithmetic(function: Callable[P, T]) -> Callable[P, T]:
-    """Decorator: run the function with rounding to nearest and with subnormal numbers, whatever the thread's mode is.
+    """Decorator: run the function with rounding to nearest and subnormal numbers, whatever the thread's mode is.
 
-    The kernels set this themselves. The casts to float32 before a kernel need it too: after
+    The kernels set this mode themselves. Casts to float32 before a kernel need it, too: after
     torch.set_flush_denormal(True) numpy and torch round a coefficient of 1e-40 to 0.
     """
 
@@ -55,24 +55,27 @@ def ieee_arithmetic(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def describe() -> str:
+    """The instruction set in use, and those that this processor has."""
     return f"{_cpp.isa()} of {', '.join(_cpp.supported())}"
 
 
 def philox_words(key: int, counter: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+    """Four words, as spec.py's `philox` makes them."""
     words: tuple[int, int, int, int] = _cpp.philox(key, *counter)
     return words
 
 
 def threads() -> int:
-    """How many threads ops use on the CPU.
+    """The number of threads that ops use on the CPU.
 
-    That of torch if it is imported, otherwise OMP_NUM_THREADS, otherwise the number of CPUs that this process may use.
+    It is torch's if torch is imported, otherwise OMP_NUM_THREADS, otherwise the number of CPUs that this process may
+    use.
     """
     if (torch := sys.modules.get("torch")) is not None:
         return int(torch.get_num_threads())
-    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # "4,2": of nested loops, the outer
-    if asked.isdecimal() and int(asked):
-        return int(asked)
+    value = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # "4,2" is for nested loops, outer first
+    if value.isdecimal() and int(value):
+        return int(value)
     # macOS has no sched_getaffinity.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -83,10 +86,12 @@ def memory(tensors: Sequence[Array]) -> tuple[list[int], list[int], list[int]]:
 
 
 def noise_(out: Array, seed: int, place: Place) -> None:
+    """Fill the float32 array `out` with the noise of `seed`."""
     _cpp.noise(memory([out]), seed, place, threads())
 
 
 def perturb_(tensors: Sequence[Array], seed: int, scale: float, place: Place, rounding_seed: int | None) -> None:
+    """x += scale * factor * z(seed) for every tensor."""
     replay_(tensors, [seed], [scale], place, None if rounding_seed is None else [rounding_seed])
 
 
@@ -97,6 +102,7 @@ def replay_(
     place: Place,
     rounding_seeds: Sequence[int] | None,
 ) -> None:
+    """perturb_ once for every record, in one pass over the tensors and to the same bits."""
     _cpp.replay(memory(tensors), seeds, coefficients, place, rounding_seeds or [], threads())
 
 
@@ -111,10 +117,12 @@ def update_(
     place: Place,
     rounding_seeds: Sequence[int] | None,
 ) -> None:
-    kept = [addresses(moment) for moment in moments]
+    """len(steps) rounds of an update rule in one pass over weights and moments."""
+    moment_addresses = [addresses(moment) for moment in moments]
     record = (constants, seeds, coefficients, steps)
-    _cpp.update(memory(tensors), kept, RULES[rule], *record, place, rounding_seeds or [], threads())
+    _cpp.update(memory(tensors), moment_addresses, RULES[rule], *record, place, rounding_seeds or [], threads())
 
 
 def project(tensors: Sequence[Array], seeds: Sequence[int], place: Place) -> NDArray[np.float64]:
+    """<tensors, z(seed)> for every seed, float64 [R], in one pass over the tensors."""
     return np.array(_cpp.project(memory(tensors), seeds, place, threads()), np.float64)

@@ -1,6 +1,7 @@
-"""The CUDA backend without Triton: kernels that nvcc compiled when the package was built with HOSFL_CUDA=1.
+"""The CUDA backend without Triton: kernels that nvcc compiles when the package is built with HOSFL_CUDA=1.
 
-Imports without that extension and without a GPU; calls then raise RuntimeError. Arguments are validated by ops.py.
+This module can be imported without that extension and without a GPU; calls then raise RuntimeError. Arguments are
+validated by ops.py.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from hosfl_kernels.transfer import copy_records
 
 
 def _extension() -> Any:
+    """Import the compiled kernels. Raises RuntimeError if the package was built without them."""
     try:
         return importlib.import_module("hosfl_kernels._cuda")
     except ModuleNotFoundError as error:
@@ -44,7 +46,7 @@ def describe() -> str | None:
 
 
 def _device_and_stream(extension: Any, device: torch.device) -> tuple[int, int]:
-    """The device's index and torch's current stream on it. Raises RuntimeError for other devices than the kernels'."""
+    """(the device's index, torch's current stream on it). Raises RuntimeError for a device without kernels."""
     if extension.EMULATED and device.type == "cpu":
         return 0, 0
     if extension.EMULATED or device.type != "cuda":
@@ -53,10 +55,12 @@ def _device_and_stream(extension: Any, device: torch.device) -> tuple[int, int]:
 
 
 def _on_device(table: bytes, op: str, device: torch.device) -> Tensor:
+    """Copy a table that the extension made to the device."""
     return copy_records(np.frombuffer(bytearray(table or b"\0"), np.uint8), op, device)
 
 
 def _refuse_gpu_records(seeds: Sequence[int] | Tensor) -> None:
+    """Raise RuntimeError for records on the GPU."""
     if isinstance(seeds, Tensor):
         raise RuntimeError("records on the GPU need Triton's kernels: install triton, or pass them on the CPU")
 
@@ -128,26 +132,27 @@ def update_(
         records = _on_device(extension.records(seeds, coefficients, []), "update_", device)
         rounds = _on_device(extension.steps(steps, rounding_seeds or []), "update_", device)
         tables = (records.data_ptr(), len(seeds), rounds.data_ptr(), len(steps))
-        kept = [addresses(moment) for moment in moments]
+        moment_addresses = [addresses(moment) for moment in moments]
         stochastic = rounding_seeds is not None
-        extension.update(memory(tensors), kept, RULES[rule], constants, *tables, place, stochastic, stream)
+        extension.update(memory(tensors), moment_addresses, RULES[rule], constants, *tables, place, stochastic, stream)
 
 
-PIECE = 1 << 22  # elements whose noise `project` makes at a time: 16 MB, and twice that for either factor in float64
+PIECE = 1 << 22  # elements per step of `project`: 16 MB of noise, and 32 MB each for noise and weights in float64
 
 
 def project(tensors: Sequence[Tensor], seeds: Sequence[int], place: Place) -> Tensor:
-    """<tensors, z(seed)> for every seed, on the CPU. No kernel of its own: `noise_` makes the noise, a piece at a time.
+    """<tensors, z(seed)> for every seed, float64 [R] on the CPU.
 
-    A piece is read from memory again for every seed. All sums are float64.
+    There is no kernel for this: `noise_` makes the noise, a piece at a time. Each piece is read from memory for every
+    seed. All sums are float64.
     """
     scalars = torch.zeros(len(seeds), dtype=torch.float64, device=tensors[0].device if tensors else "cpu")
-    for tensor, where in zip(tensors, place.per_tensor(), strict=True):
+    for tensor, options in zip(tensors, place.per_tensor(), strict=True):
         for k, piece in enumerate(tensor.detach().reshape(-1).split(PIECE)):
-            x = piece.double() * where["factor"]
+            x = piece.double() * options["factor"]
             z = torch.empty(piece.shape, dtype=torch.float32, device=piece.device)
-            of_piece = Place.single(**{**where, "start": where["start"] + k * PIECE})
+            piece_place = Place.single(**{**options, "start": options["start"] + k * PIECE})
             for r, seed in enumerate(seeds):
-                noise_(z, seed, of_piece)
+                noise_(z, seed, piece_place)
                 scalars[r] += x @ z.double()
     return scalars.cpu()

@@ -1,11 +1,11 @@
-"""The ops: their public functions, their schemas, and what runs them. They take numpy arrays and torch tensors alike.
+"""The ops: their public functions, their schemas, and their dispatch. They take numpy arrays and torch tensors alike.
 
     public function   checks what can be checked while torch.compile traces: seeds, scales, lengths, autograd
-    torch.ops.hosfl   for tensors: picks the backend by their device (tensors.py registers the ops)
+    torch.ops.hosfl   for tensors: selects the backend by their device (tensors.py registers the ops)
     RUN               checks the arrays themselves, calls the backend, tells autograd that they changed
 
-numpy arrays go from the public function to RUN, with the C++ backend. A backend is a module with one function per op.
-Nothing falls back in silence: a device without a backend is an error. torch is imported for a tensor only.
+For numpy arrays the public function calls RUN directly, with the C++ backend. A backend is a module with one function
+per op. Nothing falls back silently: a device without a backend is an error. torch is imported only for a tensor.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ __all__ = ["backends", "derive", "noise", "perturb_", "project", "replay_", "sna
 NAMES = ("numpy", "cpp", "triton", "cuda")
 BACKENDS: dict[str, ModuleType] = {"numpy": reference, "cpp": cpu}  # tensors.py adds those that take tensors only
 
-# Seeds travel as two 32-bit halves: a schema's int is signed, and a SymInt is not recompiled for every new value.
-# Records travel as tensors for the same reason.
+# A schema's int is signed, so a seed is passed as two 32-bit halves. These are SymInts, since torch.compile would
+# recompile for every new value of an int. Records are passed as tensors for the same reason.
 PLACE = "str dist, float[] factors, SymInt[] streams, SymInt[] starts"  # a Place, field by field
 SCHEMAS = {
     "noise_": "(Tensor(a!) out, SymInt[] seed, SymInt stream, SymInt start, str dist) -> ()",
@@ -70,22 +70,22 @@ def noise(
     dist: str = "rademacher",
     device: torch.device | str = "cpu",
 ) -> NDArray[np.float32] | Tensor:
-    """Elements start .. start + n of the noise of (seed, stream), float32 [n], for study and tests.
+    """Make elements start .. start + n of the noise of (seed, stream), float32 [n], for study and tests.
 
     Args:
         n: number of elements, 0 or more.
         seed: 0 <= seed < 2^64.
-        stream: which parameter tensor, 0 <= stream < 2^32.
+        stream: the number of the noise stream, one per parameter tensor, 0 <= stream < 2^32.
         start: index of the first element in the whole tensor, 0 <= start and start + n <= 2^63.
         dist: "rademacher" (+1 or -1) or "gaussian" (standard normal, |z| <= 6.77).
-        device: where to make it: torch's name of a device, for a tensor; "numpy", for an array. What comes back
-            follows from the arguments alone, never from what is installed: without torch the default is an error.
+        device: torch's name of a device, for a tensor; "numpy", for an array. The kind of the result depends on the
+            arguments alone, never on what is installed: without torch the default is an error.
 
-    The same bits on every backend, device and thread count; noise(n)[k:] is noise(n - k, start=k). `perturb_` adds
-    this very noise without making it.
+    The same bits on every backend, device and thread count; noise(n)[k:] equals noise(n - k, start=k). `perturb_` adds
+    this noise without storing it.
 
-    Raises: ValueError for a value out of range, TypeError for a wrong type, ModuleNotFoundError where a tensor is
-    asked for and torch is missing.
+    Raises: ValueError for a value out of range, TypeError for a wrong type, ModuleNotFoundError if a tensor is
+    requested and torch is missing.
     """
     for value, end, name in ((n, 2**63, "n"), (stream, 2**32, "stream"), (start, 2**63, "start")):
         validation.check_integer(value, end, name)
@@ -117,32 +117,32 @@ def perturb_(
 
     Args:
         tensors: one or a list, float32, bfloat16 or float16, of any shapes, no two sharing memory. Either torch
-            tensors, all on one device, contiguous or, for the price of a copy of one at a time and in no CUDA graph, in
-            channels_last; or numpy arrays, contiguous in C order, bfloat16 as ml_dtypes.bfloat16 or as its bits in
-            uint16. Noise goes by index, whatever the strides are.
+            tensors, all on one device, contiguous or in channels_last; the latter are copied one at a time, and not in
+            a CUDA graph. Or numpy arrays, contiguous in C order, bfloat16 as ml_dtypes.bfloat16 or as its bits in
+            uint16. An element's noise depends on its index, not on the strides.
         seed: 0 <= seed < 2^64.
         scale: finite in float32. Inside torch.compile a Python float is a constant: a new value is a new graph.
         dist: "rademacher" (+1 or -1) or "gaussian" (standard normal, |z| <= 6.77).
         factors: a power of two per tensor, from 2^-100 to 2^100; None: 1.
-        streams: a number per tensor that names its noise, 0 <= stream < 2^32; None: its position in the list.
-        starts: per tensor, the index of its first element in the unsharded tensor; None: 0.
-        rounding: "nearest" (ties to even), or "stochastic", which rounds bfloat16 tensors up or down with the odds of
-            the cut-off bits. float32 has nothing to round; float16 is refused.
+        streams: the number of each tensor's noise stream, 0 <= stream < 2^32; None: its position in the list.
+        starts: for each tensor, the index of its first element in the unsharded tensor; None: 0.
+        rounding: "nearest" (ties to even), or "stochastic", which rounds bfloat16 tensors up with the probability that
+            the cut-off bits give. float32 has nothing to round; float16 is refused.
         rounding_seed: the seed of stochastic rounding; 0 <= rounding_seed < 2^64.
 
     Formula: y = float32(x) + s * z with s = float32(scale) * factor, the product rounded, then the sum, then y to x's
-    dtype. Bit for bit the same on every backend, device, thread count and sharding. Adding and taking away again
-    returns the same bits only on the lattice of `snap_` with Rademacher; elsewhere every call rounds.
+    dtype. Bit for bit the same on every backend, device, thread count and sharding. Adding noise and subtracting it
+    again restores the bits only on the lattice of `snap_` with Rademacher noise; elsewhere every call rounds.
 
-    No temporary of the tensors' size is made, but for those in channels_last. Not promised: the payload of NaN.
+    No temporary of the tensors' size is made, except for those in channels_last. Not guaranteed: the payload of NaN.
 
     Source: `hosfl_kernels/spec.py`; the noise is Philox4x32-10 (Salmon et al., SC 2011).
 
     Raises, before any tensor is changed:
         ValueError: a number is out of range, or lists have different lengths.
-        TypeError: an argument is of a wrong type, or a tensor of a dtype that is not taken.
-        RuntimeError: tensors are on several devices, share memory, are laid out otherwise, or require grad outside of
-            torch.no_grad().
+        TypeError: an argument has a wrong type, or a tensor another dtype.
+        RuntimeError: tensors are on several devices, share memory, have another memory layout, or require grad outside
+            of torch.no_grad().
     """
     tensors = validation.array_list(tensors)
     place = validation.make_place(len(tensors), dist, factors, streams, starts)
@@ -183,13 +183,13 @@ def replay_(
         rounding_seeds: for rounding="stochastic": R more seeds, one per record.
         Everything else as in `perturb_`.
 
-    Records may also be tensors on the tensors' GPU, all of them. They are read when the kernel runs: a CUDA graph that
-    captures the call reads what is there at every replay, and the call waits for nothing. What they hold is then not
-    checked: a coefficient that is infinite or NaN reaches the weights. Not with the kernels of HOSFL_CUDA=1. Weights in
-    channels_last can't be captured: they are copied at every call.
+    Records may also be tensors on the tensors' GPU, all of them, except with the kernels of HOSFL_CUDA=1. The kernel
+    reads them when it runs: the call waits for nothing, and a CUDA graph that captures it reads their current values at
+    every replay. The values are then not checked: a coefficient that is infinite or NaN reaches the weights. Weights in
+    channels_last can't be captured, since they are copied at every call.
 
-    Raises what `perturb_` raises, before any tensor is changed; RuntimeError also for records of which some are on a
-    GPU and some not.
+    Raises what `perturb_` raises, before any tensor is changed; RuntimeError also if only some of the records are on a
+    GPU.
     """
     tensors = validation.array_list(tensors)
     place = validation.make_place(len(tensors), dist, factors, streams, starts)
@@ -227,18 +227,18 @@ def update_(
         rule = hosfl_kernels.AdamW()
         moments = [[torch.zeros_like(w) for w in weights] for _ in range(rule.moments)]
         steps = rule.steps(rounds=[0, 1], rates=[1e-3, 1e-3])  # two rounds
-        seeds, coefficients = [[1, 2], [3, 4]], [[0.5, -0.5], [0.25, 0.5]]  # of two directions each
+        seeds, coefficients = [[1, 2], [3, 4]], [[0.5, -0.5], [0.25, 0.5]]  # of 2 directions each
         hosfl_kernels.update_(weights, moments, rule, seeds, coefficients, steps)
 
     Args:
         tensors: as in `perturb_`.
-        moments: `rule.moments` lists of float32 tensors, or arrays where the weights are, each with one per weight
-            tensor: its shape and device, strides as for weights, sharing no memory with anything else. Zeros before the
+        moments: `rule.moments` lists, each with one float32 tensor per weight tensor (arrays if the weights are), of
+            the same shape and device, strides as for weights, sharing no memory with anything else. Zeros before the
             first round. AdamW: [m, v], v >= 0.
         rule: `SGD(...)` or `AdamW(...)`.
         seeds: R rounds of P directions, 0 <= seed < 2^64; or [R, P] of their bits, as in `replay_`.
-        coefficients: float32 array or CPU tensor [R, P], or nested lists; finite. What is summed is the gradient's
-            estimate: a mean over directions has its 1 / P in here.
+        coefficients: float32 array or CPU tensor [R, P], or nested lists; finite. Their weighted sum of directions is
+            the estimate of the gradient: for a mean over directions they include the factor 1 / P.
         steps: float32 array or CPU tensor [R, 3] of finite numbers (rate, keep, root), as `rule.steps` makes them.
         rounding_seeds: for rounding="stochastic": R seeds, one per round.
         Everything else as in `perturb_`.
@@ -251,19 +251,19 @@ def update_(
                 d = m / (sqrt(v) * root + eps)
         x = x * keep - rate * d, rounded to x's dtype as in `perturb_`
 
-    Records may also be tensors on the tensors' GPU, all of them, `steps` too: see `replay_`. A CUDA graph that captures
-    the call then reads rate, decay and bias corrections anew at every replay. Betas, eps and momentum are those of the
-    call that it captured. Neither weights nor moments may be in channels_last there.
+    Records may also be tensors on the tensors' GPU, all of them, including `steps`: see `replay_`. A CUDA graph that
+    captures the call then reads rate, decay and bias corrections anew at every replay. Betas, eps and momentum are
+    those of the captured call. Neither weights nor moments may be in channels_last there.
 
-    Many rounds in one call leave the bits of one call per round, on every backend, device, thread count and sharding;
-    weights and moments cross the memory bus once. Not promised: the payload of NaN.
+    Many rounds in one call give the bits of one call per round, on every backend, device, thread count and sharding;
+    weights and moments cross the memory bus once. Not guaranteed: the payload of NaN.
 
     Raises what `replay_` raises, before any tensor is changed.
     """
     if not isinstance(rule, (SGD, AdamW)):
         raise TypeError(f"rule must be SGD or AdamW, got {type(rule).__name__}")
     tensors = validation.array_list(tensors)
-    kept = validation.moment_lists(moments, rule, tensors)
+    flat_moments = validation.moment_lists(moments, rule, tensors)
     place = validation.make_place(len(tensors), dist, factors, streams, starts)
     validation.check_rounding(rounding, rounding_seeds is not None, "rounding_seeds")
     numpy = _takes_numpy(tensors)
@@ -277,7 +277,7 @@ def update_(
             raise ValueError(f"{rounds} rounds but {len(rounding_seeds)} rounding_seeds")
     if tensors:
         record = (rule.name, rule.constants, seeds, coefficients, steps)
-        _call("update_", numpy, (tensors, kept, *record), place, (rounding_seeds,))
+        _call("update_", numpy, (tensors, flat_moments, *record), place, (rounding_seeds,))
 
 
 @overload
@@ -309,25 +309,25 @@ def project(
     streams: Sequence[int] | None = None,
     starts: Sequence[int] | None = None,
 ) -> NDArray[np.float64] | Tensor:
-    """Inner products: scalars[r] = sum_t factors[t] * <tensors[t], z(seeds[r], streams[t])>.
+    """Compute inner products: scalars[r] = sum_t factors[t] * <tensors[t], z(seeds[r], streams[t])>.
 
         scalars = hosfl_kernels.project(gradients, seeds=[1, 2, 3])  # float64 [3]
 
-    The transpose of `replay_`, in one pass over the tensors for all seeds.
+    This is the transpose of `replay_`, in one pass over the tensors for all seeds.
 
     Args:
         tensors: as in `perturb_`. They are only read: they may require grad, and arrays may be read-only. Those in
             channels_last are copied, all at once.
-        seeds: R of them, as in `replay_`, on the CPU.
+        seeds: R seeds, as in `replay_`, on the CPU.
         Everything else as in `perturb_`.
 
-    Returns float64 [R], without a gradient: of tensors a tensor on the CPU, of arrays an array. R = 0 is fine, and so
-    is an empty list, which counts as tensors where torch has been imported.
+    Returns float64 [R] without a gradient: a tensor on the CPU for tensors, an array for arrays. R may be 0, and the
+    list may be empty; it then counts as tensors if torch has been imported.
 
     Products and the sums of up to 128 of them down a column are float32, all further sums float64. On the CPU the order
-    of every sum is that of `spec.project`: the same bits for every thread count and instruction set. A GPU has an order
-    of its own and agrees to 1e-6 * sum_t factors[t] * sum |tensors[t] * z|; so do the sums over shards with the whole.
-    Infinity, NaN, and a float32 sum that overflows reach the result.
+    of every sum is that of `spec.project`: the same bits for every thread count and instruction set. A GPU has its own
+    order and agrees to 1e-6 * sum_t factors[t] * sum |tensors[t] * z|; so does the sum over shards with the result for
+    the whole tensor. Infinity, NaN, and a float32 sum that overflows reach the result.
 
     Raises what `perturb_` raises.
     """
@@ -342,32 +342,32 @@ def project(
 
 @ieee_arithmetic
 def snap_(tensors: Array | Iterable[Array], *, factors: Sequence[float] | None = None, headroom: float = 2.0) -> float:
-    """Round float32 tensors to a lattice on which Rademacher moves are exact, in place; returns the quantum.
+    """Round float32 tensors, in place, to a lattice on which Rademacher moves are exact. Returns the quantum.
 
         quantum = hosfl_kernels.snap_(weights)
         hosfl_kernels.perturb_(weights, seed=7, scale=1000 * quantum)
-        hosfl_kernels.perturb_(weights, seed=7, scale=-1000 * quantum)  # the very bits from before
+        hosfl_kernels.perturb_(weights, seed=7, scale=-1000 * quantum)  # the same bits as before
 
     Args:
         tensors: float32, else as in `perturb_`.
         factors: as in `perturb_`.
-        headroom: how far the largest weight may grow, from 1 to 2^16 times its size; each doubling costs one bit.
+        headroom: the factor by which the largest weight may grow, from 1 to 2^16; each doubling costs one bit.
 
     Formula: quantum = 2^(e - 24), e the smallest with 2^e > headroom * max_t(max|tensors[t]| / factors[t]). Tensor t is
-    rounded to multiples of quantum * factors[t], ties to even and -0 to +0: an error of at most half of it, with a
-    headroom of 2 at most 6e-8 for weights below 1.
+    rounded to multiples of quantum * factors[t], ties to even and -0 to +0. The error is at most half of such a step:
+    with a headroom of 2 at most 6e-8 for weights below 1.
 
     From then on, as long as every scale and coefficient is a multiple of the quantum and every |x| stays at or below
-    2^24 * quantum * factor (at first `headroom` times the largest weight or more), `perturb_` and `replay_` with
-    Rademacher noise round nothing: a perturbation taken back returns the very bits, and records commute.
+    2^24 * quantum * factor (at first at least `headroom` times the largest weight), `perturb_` and `replay_` with
+    Rademacher noise round nothing: undoing a perturbation restores the bits, and records commute.
 
-    Tensors of zeros only have quantum 2^-24: room up to 1. The quantum is one number, not one per tensor: every move is
-    a multiple of the largest anyway, and so a bias that starts at zero has as much room as the largest weight.
+    If all tensors are zeros, the quantum is 2^-24, with room up to 1. There is one quantum for all tensors: every move
+    is a multiple of the largest one's anyway, and a bias that starts at zero has as much room as the largest weight.
 
     Raises, before any tensor is changed:
         ValueError: weights are infinite or NaN, or so large or small that quantum * factor is not from 2^-126 to 2^103;
             or a number is out of range.
-        TypeError: a dtype is another than float32.
+        TypeError: a tensor is not float32.
         RuntimeError: as in `perturb_`.
     """
     tensors = validation.array_list(tensors)
@@ -396,7 +396,7 @@ def snap_(tensors: Array | Iterable[Array], *, factors: Sequence[float] | None =
 
 
 def derive(seed: int, a: int, b: int) -> int:
-    """The seed number (a, b) below `seed`, a hash. Make every seed this way.
+    """Derive the seed number (a, b) from `seed`, as a hash. Make every seed this way.
 
         seeds = [hosfl_kernels.derive(seed, round, p) for p in range(directions)]
 
@@ -405,12 +405,12 @@ def derive(seed: int, a: int, b: int) -> int:
         a: 0 <= a < 2^64.
         b: 0 <= b < 2^32.
 
-    Returns an integer from 0 to 2^64 - 1: two words of Philox with key = seed, see spec.py. Arithmetic on seeds
-    collides; this does not, in practice.
+    Returns an integer from 0 to 2^64 - 1: two words of Philox with key = seed, see spec.py. Seeds made by arithmetic
+    collide; these do not, in practice.
 
     Raises:
-        ValueError: a number out of range.
-        TypeError: no integer.
+        ValueError: a number is out of range.
+        TypeError: an argument is not an integer.
     """
     validation.seed_halves(seed, "seed")
     validation.seed_halves(a, "a")
@@ -419,16 +419,16 @@ def derive(seed: int, a: int, b: int) -> int:
 
 
 def backends() -> dict[str, str | None]:
-    """What this machine has: backend name -> what it runs on, or None where it cannot run.
+    """What each backend runs on here, by the backend's name; None if it cannot run.
 
-    Imports torch and triton where they are installed.
+    Imports torch and triton if they are installed.
     """
-    found = installed()
-    return {name: found[name].describe() if name in found else None for name in NAMES}
+    modules = installed()
+    return {name: modules[name].describe() if name in modules else None for name in NAMES}
 
 
 def installed() -> dict[str, ModuleType]:
-    """The backends: all, or without torch those that take numpy arrays."""
+    """The backends' modules by name: all or, without torch, those that take numpy arrays."""
     try:
         return dict(tensors_module().BACKENDS)
     except ModuleNotFoundError as error:
@@ -437,7 +437,7 @@ def installed() -> dict[str, ModuleType]:
         return BACKENDS
 
 
-# --- one kind of array or the other --------------------------------------------------------------------------------
+# --- arrays or tensors ---------------------------------------------------------------------------------------------
 
 
 def _takes_numpy(tensors: Sequence[Array]) -> bool:
@@ -446,6 +446,7 @@ def _takes_numpy(tensors: Sequence[Array]) -> bool:
 
 
 def _empty_tensor(n: int, device: torch.device | str) -> Tensor:
+    """Make an uninitialised float32 tensor [n]. Raises ModuleNotFoundError, with advice, without torch."""
     try:
         empty: Tensor = tensors_module().empty(n, device)
     except ModuleNotFoundError as error:
@@ -457,12 +458,13 @@ def _empty_tensor(n: int, device: torch.device | str) -> Tensor:
 
 
 def _call(op: str, numpy: bool, arguments: Sequence[Any], place: Place, rounding: Sequence[Any] = ()) -> Any:
+    """Call an op on arrays, or through torch on tensors. rounding: the arguments after the place."""
     if numpy:
         return RUN[op](cpu, *arguments, place, *rounding)
     return tensors_module().call(op, *arguments, *place, *rounding)
 
 
-# --- what runs an op: on what the backend will really get ----------------------------------------------------------
+# --- running an op: checks of the actual arrays, then the backend --------------------------------------------------
 
 
 @ieee_arithmetic
@@ -523,9 +525,9 @@ def _update(
     place: Place,
     rounding_seeds: Numbers | None,
 ) -> None:
-    place, found = _checked_place(place, tensors, rounding_seeds is not None)
-    kept = [moments[k : k + len(tensors)] for k in range(0, len(moments), len(tensors))]
-    validation.check_moments(tensors, found, kept)
+    place, layouts = _checked_place(place, tensors, rounding_seeds is not None)
+    moment_lists = [moments[k : k + len(tensors)] for k in range(0, len(moments), len(tensors))]
+    validation.check_moments(tensors, layouts, moment_lists)
     record: tuple[Any, ...] = (seeds, coefficients, steps)
     rounding: Any = rounding_seeds
     named = {"seeds": seeds, "coefficients": coefficients, "steps": steps, "rounding_seeds": rounding_seeds}
@@ -537,7 +539,10 @@ def _update(
     fixed = (rule, list(constants), *record)
     if len(steps):
         _run_in_place(
-            lambda part, rows, *mine: backend.update_(rows, mine, *fixed, part, rounding), place, tensors, *kept
+            lambda part, rows, *moment_rows: backend.update_(rows, moment_rows, *fixed, part, rounding),
+            place,
+            tensors,
+            *moment_lists,
         )
 
 
@@ -550,6 +555,7 @@ def _project(backend: ModuleType, tensors: list[Array], seeds: Numbers, place: P
     return scalars
 
 
+# What runs an op on a backend: see the module's docstring.
 RUN: dict[str, Callable[..., Any]] = {
     "noise_": _noise,
     "perturb_": _perturb,
@@ -560,69 +566,69 @@ RUN: dict[str, Callable[..., Any]] = {
 
 
 def _checked_place(place: Place, tensors: list[Array], stochastic: bool) -> tuple[Place, Layouts]:
-    """Check a place and its tensors. Returns the place with its defaults filled in, and the tensors' layouts.
+    """Check a place and its tensors. Returns (the place with its defaults filled in, the tensors' layouts).
 
-    Results are cached by all that the checks read, addresses included: `.data` may be rebound at any time. Without the
-    cache, checking 300 tensors takes as long as the C++ takes to move them.
+    Results are cached by all that the checks read, including addresses, since `.data` may be rebound at any time.
+    Without the cache, checking 300 tensors takes as long as the C++ takes to move them.
     """
-    key_of_tensors = arrays.cache_key(tensors)
-    if key_of_tensors is None:
+    tensors_key = arrays.cache_key(tensors)
+    if tensors_key is None:
         return _validate_place(place, tensors, stochastic)
-    key = (place.dist, stochastic, tuple(place.factors), tuple(place.streams), tuple(place.starts), key_of_tensors)
-    known = _checked_lists.get(key)
-    if known is None:
-        known = _validate_place(place, tensors, stochastic)
-        if len(_checked_lists) >= MAX_CACHED_LISTS:  # may exceed it where threads add at once
+    key = (place.dist, stochastic, tuple(place.factors), tuple(place.streams), tuple(place.starts), tensors_key)
+    checked = _checked_lists.get(key)
+    if checked is None:
+        checked = _validate_place(place, tensors, stochastic)
+        if len(_checked_lists) >= MAX_CACHED_LISTS:  # threads that add at the same time may exceed it
             _checked_lists.clear()
-        _checked_lists[key] = known
-    return known
+        _checked_lists[key] = checked
+    return checked
 
 
-# Moving parameters one by one makes hundreds of lists. An entry takes 1 KB, and 0.3 KB for every further tensor.
+# A program that moves parameters one by one has hundreds of lists. An entry takes 1 KB, and 0.3 KB per further tensor.
 MAX_CACHED_LISTS = 1024
 _checked_lists: dict[tuple[Any, ...], tuple[Place, Layouts]] = {}
 
 
 def _validate_place(place: Place, tensors: list[Array], stochastic: bool) -> tuple[Place, Layouts]:
-    """`_checked_place` without its cache. Raises TypeError, RuntimeError, ValueError."""
+    """Do what `_checked_place` does, without its cache. Raises TypeError, RuntimeError, ValueError."""
     dist, factors, streams, starts = place
-    found = validation.check_tensors(tensors, starts)
+    layouts = validation.check_tensors(tensors, starts)
     if stochastic and any(dtype_name(t.dtype) == "float16" for t in tensors):
         raise TypeError("stochastic rounding is defined for bfloat16; float16 tensors take rounding='nearest'")
     n = len(tensors)
-    return Place(
-        dist, validation.checked_factors(factors, n), list(streams or range(n)), list(starts or [0] * n)
-    ), found
+    factors = validation.checked_factors(factors, n)
+    return Place(dist, factors, list(streams or range(n)), list(starts or [0] * n)), layouts
 
 
 def _run_in_place(call: Callable[..., None], place: Place, *lists: list[Array]) -> None:
     """Call a kernel on row-major tensors, and mark all tensors of the lists as changed for autograd.
 
     call: takes a place and the lists. Tensors in channels_last are copied, and copied back, one at a time, through a
-    buffer that holds the largest of them. It is allocated first: if memory is short, nothing is changed. A launch on a
-    GPU may still need some KB for its tables.
+    buffer of the largest one's size. The buffer is allocated first: if memory is short, nothing is changed. A launch on
+    a GPU may still need some KB for its tables.
     """
     all_row_major = all(all(are_row_major(xs)) for xs in lists)
-    rows = [] if all_row_major else list(zip(*map(are_row_major, lists), strict=True))
-    strided = [t for t, row_major in enumerate(rows) if not all(row_major)]
+    row_major = [] if all_row_major else [all(flags) for flags in zip(*map(are_row_major, lists), strict=True)]
+    strided = [t for t, flag in enumerate(row_major) if not flag]
     buffers = [tensors_module().copy_buffer(xs) for xs in lists] if strided else []
     try:
         if not strided:
             return call(place, *lists)
-        contiguous = [t for t, row_major in enumerate(rows) if all(row_major)]
+        contiguous = [t for t, flag in enumerate(row_major) if flag]
         if contiguous:
             call(place.subset(contiguous), *([xs[t] for t in contiguous] for xs in lists))
         for t in strided:
-            mine: list[Any] = [xs[t] for xs in lists]
-            copies = [tensors_module().contiguous_copy(x, buffer) for x, buffer in zip(mine, buffers, strict=True)]
+            originals: list[Any] = [xs[t] for xs in lists]
+            copies = [tensors_module().contiguous_copy(x, buffer) for x, buffer in zip(originals, buffers, strict=True)]
             call(place.subset([t]), *([copy] for copy in copies))
-            for x, copy in zip(mine, copies, strict=True):
+            for x, copy in zip(originals, copies, strict=True):
                 if copy is not x:
                     x.copy_(copy)
-    finally:  # a failure half-way has changed some of them
+    finally:  # also after an error, which may come when some of them have changed
         _mark_changed([x for xs in lists for x in xs])
 
 
 def _mark_changed(tensors: list[Array]) -> None:
+    """Tell autograd that tensors were changed; does nothing for arrays."""
     if tensors and not is_numpy(tensors[0]):
         tensors_module().mark_changed(tensors)

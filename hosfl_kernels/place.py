@@ -9,10 +9,13 @@ DISTRIBUTIONS = ("rademacher", "gaussian")
 
 
 class Place(NamedTuple):
-    """Which noise each tensor of a list gets. Backends take one beside the tensors.
+    """Which noise each tensor of a list gets. Backends take it along with the tensors.
 
-    dist: "rademacher" or "gaussian", for all of them. Per tensor: factors, the power of two that scales its noise;
-    streams, the number of its noise stream; starts, the index of its first element in the unsharded tensor.
+    Attributes:
+        dist: "rademacher" or "gaussian", for all tensors.
+        factors: for each tensor, the power of two that scales its noise.
+        streams: for each tensor, the number of its noise stream.
+        starts: for each tensor, the index of its first element in the unsharded tensor.
     """
 
     dist: str
@@ -31,6 +34,6 @@ class Place(NamedTuple):
         return Place(self.dist, factors, streams, [self.starts[t] for t in positions])
 
     def per_tensor(self) -> Iterator[dict[str, Any]]:
-        """Keyword arguments for the functions of spec.py, one mapping per tensor."""
+        """Yield the keyword arguments for the functions of spec.py, one mapping per tensor."""
         for factor, stream, start in zip(self.factors, self.streams, self.starts, strict=True):
             yield {"dist": self.dist, "factor": factor, "stream": stream, "start": start}

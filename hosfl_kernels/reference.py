@@ -1,4 +1,7 @@
-"""The numpy backend: spec.py on arrays or tensors, to check the others against. Slow, and allocates; no op runs it."""
+"""The numpy backend: spec.py on lists of arrays or tensors, to check other backends against.
+
+It is slow, and allocates. No op runs it.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
 
 
 def describe() -> str:
+    """What this backend runs on."""
     return f"spec.py, numpy {np.__version__}"
 
 
@@ -24,12 +28,14 @@ philox_words = spec.philox
 
 
 def noise_(out: Array, seed: int, place: Place) -> None:
+    """Fill `out` with noise: `spec.noise` in place."""
     stream, start = place.streams[0], place.starts[0]
     z = storage(out)
     z[:] = spec.noise(z.size, seed, stream=stream, start=start, dist=place.dist)
 
 
 def perturb_(tensors: Sequence[Array], seed: int, scale: float, place: Place, rounding_seed: int | None) -> None:
+    """`spec.perturb` on every tensor, in place."""
     replay_(tensors, [seed], [scale], place, None if rounding_seed is None else [rounding_seed])
 
 
@@ -40,10 +46,11 @@ def replay_(
     place: Place,
     rounding_seeds: Sequence[int] | None,
 ) -> None:
-    for tensor, where in zip(tensors, place.per_tensor(), strict=True):
+    """`spec.replay` on every tensor, in place."""
+    for tensor, options in zip(tensors, place.per_tensor(), strict=True):
         x = storage(tensor)
-        where["rounding_seeds"] = rounding_seeds
-        x[:] = spec.replay(x, list(seeds), list(coefficients), **where)
+        options["rounding_seeds"] = rounding_seeds
+        x[:] = spec.replay(x, list(seeds), list(coefficients), **options)
 
 
 def update_(
@@ -57,18 +64,20 @@ def update_(
     place: Place,
     rounding_seeds: Sequence[int] | None,
 ) -> None:
-    by_round = [len(steps), len(seeds) // len(steps)]
-    record = (np.array(seeds, object).reshape(by_round).tolist(), np.reshape(coefficients, by_round).tolist(), steps)
-    for t, (tensor, where) in enumerate(zip(tensors, place.per_tensor(), strict=True)):
-        x, mine = storage(tensor), [storage(moment[t]) for moment in moments]
-        where["rounding_seeds"] = rounding_seeds
-        x[:], after = spec.update(x, mine, rule, list(constants), *record, **where)  # type: ignore[arg-type]
-        for old, new in zip(mine, after, strict=True):
+    """`spec.update` on every tensor and its moments, in place."""
+    shape = [len(steps), len(seeds) // len(steps)]  # rounds, directions
+    record = (np.array(seeds, object).reshape(shape).tolist(), np.reshape(coefficients, shape).tolist(), steps)
+    for t, (tensor, options) in enumerate(zip(tensors, place.per_tensor(), strict=True)):
+        x, own_moments = storage(tensor), [storage(moment[t]) for moment in moments]
+        options["rounding_seeds"] = rounding_seeds
+        x[:], new_moments = spec.update(x, own_moments, rule, list(constants), *record, **options)  # type: ignore[arg-type]
+        for old, new in zip(own_moments, new_moments, strict=True):
             old[:] = new
 
 
 def project(tensors: Sequence[Array], seeds: Sequence[int], place: Place) -> NDArray[np.float64]:
+    """The sum of `spec.project` over the tensors, float64 [R]."""
     scalars: NDArray[np.float64] = np.zeros(len(seeds))
-    for tensor, where in zip(tensors, place.per_tensor(), strict=True):
-        scalars = spec.project(storage(tensor), list(seeds), scalars, **where)
+    for tensor, options in zip(tensors, place.per_tensor(), strict=True):
+        scalars = spec.project(storage(tensor), list(seeds), scalars, **options)
     return scalars

@@ -1,7 +1,7 @@
-"""Update rules: how many moments a rule keeps per weight, and its step sizes. The arithmetic is `spec.update`.
+"""Update rules: their moments, constants and step sizes. The arithmetic is `spec.update`.
 
-All numbers that depend on the round alone are computed here, in float64 from the global number of the round, and are
-rounded once to float32. So a client that missed rounds computes the same numbers as one that missed none.
+Numbers that depend only on the round are computed here, in float64 from the round's global number, and rounded once to
+float32. So a client that missed rounds computes the same numbers as one that missed none.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class SGD:
     """Stochastic gradient descent: m = momentum * m + g; x = keep * x - rate * m, without momentum m = g.
 
     Args:
-        momentum: 0 <= momentum < 1 (in float32). 0 keeps nothing per weight, otherwise one moment.
-        weight_decay: 0 or more, decoupled: x shrinks by the factor keep = 1 - rate * weight_decay and the momentum
-            never sees it. Without momentum that is torch.optim.SGD; with it, only for weight_decay = 0.
+        momentum: 0 <= momentum < 1 (in float32). The rule has one moment per weight, or none if this is 0.
+        weight_decay: 0 or more, decoupled: x shrinks by the factor keep = 1 - rate * weight_decay, and the momentum
+            does not include it. Without momentum this is torch.optim.SGD; with momentum, only if weight_decay = 0.
 
     Raises: ValueError for a number out of range.
     """
@@ -58,7 +58,7 @@ class SGD:
 
         Args:
             rounds: the rounds' global numbers, counted from 0.
-            rates: the learning rate of each, 0 or more.
+            rates: the learning rate of each round, 0 or more.
 
         Formula: rate = the learning rate, keep = 1 - rate * weight_decay, root = 1 (unused); in float64, rounded once.
 
@@ -76,7 +76,7 @@ class AdamW:
 
     Args:
         betas: b1 and b2, 0 <= beta < 1 (in float32).
-        eps: above 0 (in float32): without it a weight that never had a gradient would become 0 / 0.
+        eps: above 0 (in float32): without it the step of a weight that never had a gradient would be 0 / 0.
         weight_decay: 0 or more.
 
     Raises: ValueError for a number out of range.
@@ -109,7 +109,7 @@ class AdamW:
 
     @property
     def constants(self) -> list[float]:
-        """b1, 1 - b1, b2, 1 - b2, eps: made in float64; backends round them to float32."""
+        """b1, 1 - b1, b2, 1 - b2, eps: computed in float64; backends round them to float32."""
         b1, b2 = self.betas
         return [b1, 1 - b1, b2, 1 - b2, self.eps]
 
@@ -119,7 +119,7 @@ class AdamW:
 
         Args:
             rounds: the rounds' global numbers, counted from 0: Adam's t is round + 1.
-            rates: the learning rate of each, 0 or more.
+            rates: the learning rate of each round, 0 or more.
 
         Formula, in float64 and rounded once: rate = learning rate / (1 - b1^t), keep = 1 - learning rate *
         weight_decay, root = 1 / sqrt(1 - b2^t).
@@ -140,7 +140,7 @@ Rule = SGD | AdamW
 
 
 def _power(base: float, exponent: int) -> float:
-    """base^exponent by squaring: products only, so the same bits whatever the machine's `pow` does."""
+    """base^exponent by squaring: products only, so that the bits do not depend on the machine's `pow`."""
     result = 1.0
     while exponent:
         if exponent & 1:
@@ -151,30 +151,35 @@ def _power(base: float, exponent: int) -> float:
 
 
 def _step_table(rows: list[tuple[float, float, float]]) -> NDArray[np.float32]:
+    """The rows as float32 [R, 3], rounded once."""
     return np.array(rows, np.float64).reshape(len(rows), 3).astype(np.float32)
 
 
 def _check_number(value: float, name: str) -> None:
+    """Raise TypeError for a value that is not a number."""
     if isinstance(value, str) or not hasattr(value, "__float__"):
         raise TypeError(f"{name} must be a number, got {value!r}")
 
 
 def _check_fraction(value: float, name: str) -> None:
+    """Raise TypeError or ValueError unless 0 <= value < 1 in float32."""
     _check_number(value, name)
-    if not 0 <= value < 1 - 2.0**-25:  # from here on 1 in float32
+    if not 0 <= value < 1 - 2.0**-25:  # larger values round to 1
         raise ValueError(f"{name} must be at least 0 and below 1 in float32, got {value}")
 
 
 def _check_weight_decay(value: float) -> None:
+    """Raise TypeError or ValueError unless the value is finite and 0 or more."""
     _check_number(value, "weight_decay")
     if not (value >= 0 and math.isfinite(value)):
         raise ValueError(f"weight_decay must be finite and 0 or more, got {value}")
 
 
 def _check_rounds(rounds: Sequence[int], rates: Sequence[float]) -> None:
+    """Raise TypeError or ValueError unless each round is an integer from 0 on and has a rate from 0 on."""
     for name, values in (("rounds", rounds), ("rates", rates)):
         if not hasattr(values, "__len__"):
-            raise TypeError(f"{name} must be a list, one of each round, got {type(values).__name__}")
+            raise TypeError(f"{name} must be a list, one for each round, got {type(values).__name__}")
     if len(rounds) != len(rates):
         raise ValueError(f"{len(rounds)} rounds but {len(rates)} rates")
     for r, number in enumerate(rounds):

@@ -21,11 +21,11 @@ U64 = NDArray[np.uint64]
 Word = Any  # int, or an array U64
 Storage = NDArray[Any]  # float32, float16, or uint16 holding bfloat16 bits
 
-# What a word is for. One number of the counter, so that no use ever sees another use's words.
+# What a word is for. The tag is a part of the counter, so that two uses never get the same words.
 TAG_RADEMACHER, TAG_GAUSSIAN, TAG_ROUNDING, TAG_DERIVE = 1, 2, 3, 4
 
-# Elements are laid out in rows of COLS. One Philox call serves one column of a block: a lane owns a column and
-# walks down its rows, so loads and stores are contiguous and no value crosses lanes.
+# Elements are laid out in rows of COLS, and rows in blocks. One Philox call serves one column of a block: a lane owns a
+# column and walks down its rows, so that loads and stores are contiguous and no value crosses lanes.
 COLS = 1024
 RADEMACHER_ROWS = 128  # one sign bit per row: 4 words x 32 bits
 GAUSSIAN_ROWS = 4  # one normal number per row
@@ -40,9 +40,9 @@ MASK32 = 0xFFFFFFFF
 
 
 def philox(key: int, counter: tuple[Word, Word, Word, Word]) -> tuple[Word, Word, Word, Word]:
-    """Four random words for every counter: Philox4x32 with 10 rounds, key = a 64-bit seed.
+    """Four random words for every counter: Philox4x32 with 10 rounds, with a 64-bit seed as the key.
 
-    Words are below 2^32 and held in Python ints or in uint64 arrays, so that a product fits.
+    Words are below 2^32. They are Python ints or uint64 arrays, so that a product fits.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key & MASK32, key >> 32
@@ -54,7 +54,7 @@ def philox(key: int, counter: tuple[Word, Word, Word, Word]) -> tuple[Word, Word
 
 
 def derive(seed: int, a: int, b: int) -> int:
-    """The seed number (a, b) below `seed`: words 0 and 1 of Philox, word 0 low. a < 2^64, b < 2^32."""
+    """The seed number (a, b) derived from `seed`: words 0 and 1 of Philox, word 0 low. a < 2^64, b < 2^32."""
     low, high, _, _ = philox(seed, (a & MASK32, a >> 32, b, TAG_DERIVE))
     return low | high << 32
 
@@ -69,6 +69,7 @@ def _words(index: U64, rows: int, seed: int, stream: int, tag: int) -> tuple[lis
 
 
 def _index(n: int, start: int) -> U64:
+    """The indices start .. start + n."""
     return np.arange(n, dtype=np.uint64) + np.uint64(start)
 
 
@@ -84,10 +85,11 @@ def rademacher(n: int, seed: int, stream: int = 0, start: int = 0) -> F32:
 
 
 def _coefficients(text: str) -> list[np.float32]:
+    """Parse hexadecimal floats."""
     return [np.float32(float.fromhex(word)) for word in text.split()]
 
 
-# Polynomials of the normal numbers, lowest power first: log(1 + f) / f, sin(2 pi t) / t and cos(2 pi t) in t^2.
+# Polynomials for the normal numbers, lowest power first: log(1 + f) / f in f; sin(2 pi t) / t and cos(2 pi t) in t^2.
 LOG = _coefficients(
     "0x1p+0 -0x1.fffff8p-2 0x1.555790p-2 -0x1.0005a6p-2 0x1.98b80ap-3 -0x1.5329bep-3 0x1.322850p-3 -0x1.26729ep-3"
     " 0x1.6626eap-4"
@@ -98,6 +100,7 @@ LN2 = np.uint32(0x3F317218).view(np.float32)
 
 
 def _horner(coefficients: list[np.float32], z: F32) -> F32:
+    """The value of a polynomial at z."""
     p = np.full(z.shape, coefficients[-1], np.float32)
     for a in reversed(coefficients[:-1]):
         p = p * z + a  # two roundings: the product, then the sum
@@ -105,7 +108,7 @@ def _horner(coefficients: list[np.float32], z: F32) -> F32:
 
 
 def box_muller(a: U32, b: U32) -> tuple[F32, F32]:
-    """Two words to two standard normal numbers. Every operation is one binary32 operation, rounded to nearest."""
+    """Two standard normal numbers from two words. Every operation is one binary32 operation, rounded to nearest."""
     u = a.astype(np.float32) * np.float32(2.0**-32) + np.float32(2.0**-33)  # in (0, 1]
     bits = u.view(np.int32)
     k = (bits - np.int32(0x3F3504F3)) >> 23
@@ -145,14 +148,18 @@ def rounding_bits(n: int, seed: int, stream: int = 0, start: int = 0) -> U32:
 
 
 def to_float32(x: Storage) -> F32:
-    """float32 values of float32, float16 or bfloat16 (uint16) storage; exact."""
+    """Convert float32, float16 or bfloat16 (uint16) storage to float32; exact."""
     if x.dtype == np.uint16:
         return (x.astype(np.uint32) << np.uint32(16)).view(np.float32)
     return x.astype(np.float32)
 
 
 def from_float32(y: F32, dtype: np.dtype[Any], random: U32 | None = None) -> Storage:
-    """float32 values rounded to storage: to nearest even, or for bfloat16 (uint16) up with the odds of `random`."""
+    """Round float32 values to storage: to nearest even, or with `random`, 16 bits per element, stochastically.
+
+    random: for bfloat16 (uint16) only: bits that are added below the last kept one, so that the value rounds up with
+    the probability that the cut-off bits give.
+    """
     if dtype != np.uint16:
         with np.errstate(over="ignore"):
             return y.astype(dtype)
@@ -177,7 +184,7 @@ def perturb(
     start: int = 0,
     rounding_seed: int | None = None,
 ) -> Storage:
-    """x + scale * factor * z(seed), rounded once to x's dtype: product rounded, then sum, then storage.
+    """x + scale * factor * z(seed), rounded to x's dtype: the product is rounded, then the sum, then to storage.
 
     With `rounding_seed`, bfloat16 rounds stochastically; float32 has nothing left to round.
     """
@@ -199,7 +206,7 @@ def replay(
     start: int = 0,
     rounding_seeds: list[int] | None = None,
 ) -> Storage:
-    """Many records, one after another: the order and every rounding count."""
+    """Apply many records with `perturb`, one after another: the order and every rounding count."""
     for r, (seed, coefficient) in enumerate(zip(seeds, coefficients, strict=True)):
         rounding_seed = None if rounding_seeds is None else rounding_seeds[r]
         x = perturb(
@@ -211,7 +218,7 @@ def replay(
 def gradient(
     n: int, seeds: list[int], coefficients: list[float], *, dist: str, factor: float, stream: int, start: int
 ) -> F32:
-    """sum_p (coefficients[p] * factor) * z(seeds[p]), from zero and in this order: product rounded, then the sum."""
+    """sum_p (coefficients[p] * factor) * z(seeds[p]), in this order from 0: each product is rounded, then the sum."""
     g = np.zeros(n, np.float32)
     for seed, coefficient in zip(seeds, coefficients, strict=True):
         s = np.float32(coefficient) * np.float32(factor)
@@ -220,7 +227,7 @@ def gradient(
 
 
 def direction(rule: str, constants: list[float], g: F32, moments: list[F32], root: float) -> tuple[F32, list[F32]]:
-    """The direction of a step and the new moments. Every operation is one binary32 operation, rounded to nearest.
+    """(direction of a step, new moments). Every operation is one binary32 operation, rounded to nearest.
 
     sgd       no constants, no moments                      d = g
     momentum  constants beta; moment m                      m = beta * m + g; d = m
@@ -254,11 +261,11 @@ def update(
     start: int = 0,
     rounding_seeds: list[int] | None = None,
 ) -> tuple[Storage, list[F32]]:
-    """Weights and moments after many rounds of an update rule, one after another.
+    """(weights, moments) after many rounds of an update rule, one after another.
 
-    Round r has the directions seeds[r] and coefficients[r], and steps[r] = (rate, keep, root). x = keep * x - rate * d,
-    each product rounded, then the difference, then to x's dtype: the next round starts from the rounded x. Moments are
-    float32 for every dtype of x.
+    Round r has the directions of seeds[r] with coefficients[r], and steps[r] = (rate, keep, root). In it
+    x = keep * x - rate * d: each product is rounded, then the difference, then to x's dtype. The next round starts from
+    the rounded x. Moments are float32 for every dtype of x.
     """
     x = np.asarray(x)
     place = {"stream": stream, "start": start}
@@ -282,11 +289,12 @@ def project(
     stream: int = 0,
     start: int = 0,
 ) -> F64:
-    """scalars[r] + factor * <x, z(seeds[r])>. The order of every sum is fixed, so that it has one result.
+    """scalars[r] + factor * <x, z(seeds[r])>. The order of every sum is fixed, so that the result is unique.
 
-    Products and the sums of a block's columns are float32, from zero and from the last of the 128 rows up. All further
-    sums are float64: of 64 columns the second half onto the first, and so on down to one number; of a block's 16 such
-    numbers one after another, and that times the factor; block after block onto `scalars`.
+    Products are float32, and so are the sums down a block's columns, from zero and from the last of the 128 rows to the
+    first. All further sums are float64. The second half of 64 columns is added to the first, and so on down to one
+    number. A block's 16 such numbers are added in order. This sum times the factor is added to `scalars`, block after
+    block.
     """
     x = np.asarray(x)
     size = RADEMACHER_ROWS * COLS
@@ -315,9 +323,9 @@ def project(
 
 
 def quantum(maxima: list[float], factors: list[float], headroom: float = 2.0) -> float:
-    """The lattice's step in units of a factor: 2^(e-24), e the smallest with 2^e > headroom max_t(max|x_t| / factor_t).
+    """The lattice's step for a factor of 1: 2^(e-24), e the smallest with 2^e > headroom max_t(max|x_t| / factor_t).
 
-    All zeros (or nothing at all) counts as a largest weight just under 1 / headroom: quantum 2^-24.
+    2^-24, as for a largest weight just under 1 / headroom, if all weights are zeros or there are none.
     """
     largest = max((m / f for m, f in zip(maxima, factors, strict=True)), default=0.0)
     _, e = np.frexp(headroom * largest)  # = m * 2^e with m in [1/2, 1), so 2^e is the smallest power above
@@ -325,5 +333,5 @@ def quantum(maxima: list[float], factors: list[float], headroom: float = 2.0) ->
 
 
 def snap(x: F32, step: float) -> F32:
-    """x rounded to the nearest multiple of `step` (a power of two), ties to even; -0 becomes +0."""
+    """Round x to the nearest multiple of `step`, a power of two, ties to even; -0 becomes +0."""
     return (np.rint(x / np.float32(step)) * np.float32(step)) + np.float32(0)

@@ -1,7 +1,7 @@
-"""The part that needs torch: the ops in torch.library, the backend of each device, and the checks of tensors.
+"""The part that needs torch: the ops in torch.library, the backend of each device, and checks of tensors.
 
-Imported with hosfl_kernels in a program that has imported torch, otherwise when an op is first given a tensor.
-`import hosfl_kernels.tensors` registers torch.ops.hosfl at once.
+It is imported with hosfl_kernels if torch has been imported before, otherwise when an op is first given a tensor.
+Importing it registers torch.ops.hosfl.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DTYPES: tuple[torch.dtype, ...] = tuple(getattr(torch, name) for name in arrays.
 
 
 def cuda_backend() -> ModuleType:
-    """The backend of CUDA tensors: Triton's if it is installed and HOSFL_CUDA is not 1, otherwise nvcc's."""
+    """Select the backend of CUDA tensors: Triton's if it is installed and HOSFL_CUDA is not 1, otherwise nvcc's."""
     if os.environ.get("HOSFL_CUDA") == "1" or importlib.util.find_spec("triton") is None:
         return cuda
     return gpu
@@ -38,9 +38,10 @@ DISPATCH = {"CPU": cpu, "CUDA": cuda_backend()}
 
 
 def check(tensors: Sequence[Any], name: str, changed: bool) -> None:
-    """Check the tensors' types, autograd and devices, also while torch.compile traces. Raises TypeError, RuntimeError.
+    """Check the tensors' types, whether they require grad, and their devices, also while torch.compile traces.
 
-    changed: whether the op writes them.
+    name: the argument's name, for error messages. changed: whether the op writes the tensors. Raises TypeError,
+    RuntimeError.
     """
     breaks_graphs = changed and torch.is_grad_enabled()
     for t, tensor in enumerate(tensors):
@@ -55,7 +56,7 @@ def check(tensors: Sequence[Any], name: str, changed: bool) -> None:
 
 
 def call(op: str, *arguments: Any) -> Any:
-    """Call torch.ops.hosfl.OP: torch picks the backend by the tensors' device, or traces the call."""
+    """Call torch.ops.hosfl.OP. torch selects the backend by the tensors' device, or traces the call."""
     function = getattr(torch.ops.hosfl, op)
     if op not in READ_ONLY_OPS:
         return function(*arguments)
@@ -64,33 +65,33 @@ def call(op: str, *arguments: Any) -> Any:
 
 
 def from_numpy(x: NDArray[Any]) -> Tensor:
-    """Seeds or coefficients as a tensor that shares the array's memory; uint64 is viewed as int64."""
+    """View an array of seeds or coefficients as a tensor; uint64 is viewed as int64."""
     tensor = torch.from_numpy(x)
     return tensor.view(torch.int64) if tensor.dtype == torch.uint64 else tensor
 
 
 def from_storage(x: NDArray[Any]) -> Tensor:
-    """A tensor with a copy of an array in the format of spec.py, where uint16 holds the bits of bfloat16."""
+    """Copy an array in the format of spec.py, where uint16 holds the bits of bfloat16, into a tensor."""
     if x.dtype == np.uint16:
         return torch.from_numpy(x.view(np.int16).copy()).view(torch.bfloat16)
     return torch.from_numpy(x.copy())
 
 
 def empty(n: int, device: torch.device | str) -> Tensor:
-    """An uninitialised float32 tensor [n]."""
+    """Make an uninitialised float32 tensor [n]."""
     return torch.empty(n, dtype=torch.float32, device=device)
 
 
 def copy_buffer(tensors: Sequence[Tensor]) -> Tensor:
-    """A uint8 buffer that holds a copy of the largest tensor which is not contiguous.
+    """Allocate a uint8 buffer with room for the largest tensor that is not contiguous.
 
     Raises RuntimeError while a CUDA graph captures, if there is such a tensor.
     """
     sizes = [x.nbytes for x in tensors if not x.is_contiguous()]
     if sizes:
-        with torch.cuda.device_of(tensors[0]):  # of no device for a tensor on the CPU
-            captured = transfer.is_capturing(tensors[0].device)
-        if captured:
+        with torch.cuda.device_of(tensors[0]):  # does nothing for a tensor on the CPU
+            is_capturing = transfer.is_capturing(tensors[0].device)
+        if is_capturing:
             raise RuntimeError(
                 "a CUDA graph can't capture a move of tensors in channels_last, which are copied at every call:"
                 " make them and their moments contiguous before (memory_format=torch.contiguous_format)"
@@ -99,12 +100,12 @@ def copy_buffer(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def contiguous_copy(x: Tensor, buffer: Tensor) -> Tensor:
-    """The tensor itself if it is contiguous, otherwise a contiguous copy of it in the buffer."""
+    """Return the tensor itself if it is contiguous, otherwise a contiguous copy of it in the buffer."""
     return x if x.is_contiguous() else buffer[: x.nbytes].view(x.dtype).view(x.shape).copy_(x)
 
 
 def mark_changed(tensors: Sequence[Tensor]) -> None:
-    """Raise the tensors' versions, so that autograd refuses to run backward through changed ones.
+    """Increment the tensors' versions, so that autograd refuses a backward pass through changed ones.
 
     torch.library does not do so for mutable arguments.
     """
@@ -112,12 +113,12 @@ def mark_changed(tensors: Sequence[Tensor]) -> None:
 
 
 def max_abs(x: Tensor) -> float:
-    """The largest absolute value; 0 if x is empty, NaN if it has one."""
+    """The largest absolute value; 0 if x is empty, NaN if x contains one."""
     return float(x.detach().abs().amax()) if x.numel() else 0.0
 
 
 def snap_(x: Tensor, step: float) -> None:
-    """`spec.snap`, in place."""
+    """Apply `spec.snap` in place."""
     with torch.no_grad():
         x.div_(step).round_().mul_(step).add_(0.0)
 
@@ -128,25 +129,28 @@ _cpp.join_openmp()
 
 
 def _implementation(op: str, backend: ModuleType) -> Callable[..., Any]:
-    """The op with the signature of its schema: torch.library passes a `Place` as separate fields."""
+    """Return a function that runs the op, with the signature of its schema.
+
+    torch.library passes the fields of a `Place` as separate arguments.
+    """
     before, place, _ = ops.SCHEMAS[op].partition(ops.PLACE)
     if not place:
         return partial(ops.RUN[op], backend)
     run, first = ops.RUN[op], before.count(",")
     end = first + len(Place._fields)
 
-    def implementation(*a: Any) -> Any:
-        return run(backend, *a[:first], Place(*a[first:end]), *a[end:])
+    def run_op(*args: Any) -> Any:
+        return run(backend, *args[:first], Place(*args[first:end]), *args[end:])
 
-    def reading(*a: Any) -> Any:
-        made = implementation(*a)
-        return torch.from_numpy(made) if isinstance(made, np.ndarray) else made
+    def run_read_only_op(*args: Any) -> Any:
+        result = run_op(*args)
+        return torch.from_numpy(result) if isinstance(result, np.ndarray) else result
 
-    return reading if op in READ_ONLY_OPS else implementation
+    return run_read_only_op if op in READ_ONLY_OPS else run_op
 
 
 def _fake(op: str) -> Callable[..., Any]:
-    """The op for fake tensors: returns None, or for `project` an empty tensor of the result's shape."""
+    """Return the op for fake tensors. It returns None or, for `project`, an empty tensor of the result's shape."""
 
     def fake(tensors: Sequence[Tensor], seeds: Tensor, *arguments: Any) -> Tensor:
         return seeds.new_empty(seeds.shape, dtype=torch.float64)
@@ -156,7 +160,7 @@ def _fake(op: str) -> Callable[..., Any]:
 
 _library = torch.library.Library("hosfl", "DEF")
 for _op, _schema in ops.SCHEMAS.items():
-    # A graph that torch.compile records on its own would repeat the numbers of the call that it saw.
+    # A CUDA graph that torch.compile captures on its own would replay the seeds and coefficients of the captured call.
     _library.define(_op + _schema, tags=(torch.Tag.cudagraph_unsafe,))
     for _key, _backend in DISPATCH.items():
         _library.impl(_op, _implementation(_op, _backend), _key)

@@ -1,4 +1,4 @@
-"""Copies of tables to a device, and whether a CUDA graph is being captured there."""
+"""Copying tables to a device, and testing whether a CUDA graph is being captured there."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ def is_capturing(device: torch.device) -> bool:
 
 
 def copy_records(table: NDArray[Any], op: str, device: torch.device) -> Tensor:
-    """A copy of an op's records on the device. Raises RuntimeError while a CUDA graph captures."""
+    """Copy an op's records to the device. Raises RuntimeError while a CUDA graph captures."""
     if is_capturing(device):
         raise RuntimeError(f"a CUDA graph can't capture {op}: its records are copied to the device at the call")
     return copy_to_device(table, device)
 
 
 def copy_to_device(table: NDArray[Any], device: torch.device) -> Tensor:
-    """A copy on the device. It goes through pinned memory, so that the host does not wait for the device."""
+    """Copy a table to the device, through pinned memory, so that the host does not wait for the device."""
     tensor = torch.from_numpy(table)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

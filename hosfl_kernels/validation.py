@@ -1,7 +1,7 @@
 """Argument validation, for numpy arrays and torch tensors alike. Every check runs before any tensor is changed.
 
 The first half also runs while torch.compile traces an op, and so reads only numbers, lengths and types. The second half
-reads what a backend gets: dtypes, devices, memory.
+reads dtypes, devices and memory of the arrays that a backend gets.
 """
 
 from __future__ import annotations
@@ -47,16 +47,17 @@ LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
 
 def array_list(
-    given: Array | Iterable[Array], name: str = "tensors", changed: bool = True, like: Sequence[Array] = ()
+    values: Array | Iterable[Array], name: str = "tensors", changed: bool = True, like: Sequence[Array] = ()
 ) -> list[Array]:
-    """One array or tensor, or an iterable of them, as a list: all arrays or all tensors, as those of `like` are.
+    """Return an array or tensor, or an iterable of them, as a list of one kind: that of `like`, if given.
 
-    changed: whether the op writes them. Raises TypeError, ValueError, RuntimeError; messages call the argument `name`.
+    name: the argument's name, for error messages. changed: whether the op writes them. Raises TypeError, ValueError,
+    RuntimeError.
     """
-    one = not isinstance(given, (list, tuple)) and (is_numpy(given) or may_be_tensor(given))
-    if not one and not isinstance(given, Iterable):
-        raise TypeError(f"{name} must be tensors or numpy arrays, one or a list of them, got {type(given).__name__}")
-    listed: list[Any] = [given] if one else list(given)
+    is_single = not isinstance(values, (list, tuple)) and (is_numpy(values) or may_be_tensor(values))
+    if not is_single and not isinstance(values, Iterable):
+        raise TypeError(f"{name} must be tensors or numpy arrays, one or a list of them, got {type(values).__name__}")
+    listed: list[Any] = [values] if is_single else list(values)
     if not listed:
         return listed
     if may_be_tensor(like[0] if like else listed[0]):
@@ -71,39 +72,41 @@ def array_list(
 
 
 def moment_lists(moments: Sequence[Array | Iterable[Array]], rule: Rule, tensors: list[Array]) -> list[Array]:
-    """The moments as one flat list: all of the first kind, then all of the second. Raises TypeError, ValueError."""
+    """Return the moments as one flat list: all first moments, then all second ones. Raises TypeError, ValueError."""
     check_list(moments, "moments", "lists of tensors")
     if len(moments) != rule.moments:
         raise ValueError(f"{rule} keeps {rule.moments} moments per tensor, got {len(moments)} lists of them")
-    kept = []
+    flat = []
     for k, moment in enumerate(moments):
-        mine = array_list(moment, f"moments[{k}]", like=tensors)
-        if len(mine) != len(tensors):
-            raise ValueError(f"{len(tensors)} tensors but {len(mine)} in moments[{k}]")
-        kept += mine
-    return kept
+        listed = array_list(moment, f"moments[{k}]", like=tensors)
+        if len(listed) != len(tensors):
+            raise ValueError(f"{len(tensors)} tensors but {len(listed)} in moments[{k}]")
+        flat += listed
+    return flat
 
 
 def check_integer(value: int, end: int, name: str) -> None:
+    """Raise TypeError for a value that is no integer, ValueError unless 0 <= value < end. end: a power of two."""
     if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
     if not 0 <= value < end:
         raise ValueError(f"{name} must be at least 0 and below 2^{end.bit_length() - 1}, got {value}")
 
 
-def check_list(values: object, name: str, of: str) -> None:
-    """Raises TypeError for what is no sequence: it must have a length and an order."""
+def check_list(values: object, name: str, content: str) -> None:
+    """Raise TypeError for a value without length or order. content: what the list must contain, for the message."""
     if not (hasattr(values, "__len__") and hasattr(values, "__getitem__")):
-        raise TypeError(f"{name} must be a list of {of}, got {type(values).__name__}")
+        raise TypeError(f"{name} must be a list of {content}, got {type(values).__name__}")
 
 
 def check_number(value: object, name: str) -> None:
+    """Raise TypeError for a value that is no real number."""
     if not isinstance(value, (float, int, np.floating, np.integer)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
 
 
 def seed_halves(seed: int, name: str) -> list[int]:
-    """The low and the high 32 bits of a seed. Raises TypeError, ValueError."""
+    """Split a seed into its low and its high 32 bits. Raises TypeError, ValueError."""
     check_integer(seed, 2**64, name)
     if isinstance(seed, np.integer):
         seed = int(seed)
@@ -111,13 +114,17 @@ def seed_halves(seed: int, name: str) -> list[int]:
 
 
 def _list_or_empty(values: Sequence[Any] | None) -> list[Any]:
+    """Return values as a list; [] for None."""
     return [] if values is None else list(values)
 
 
 def make_place(
     n: int, dist: str, factors: Sequence[float] | None, streams: Sequence[int] | None, starts: Sequence[int] | None
 ) -> Place:
-    """The `Place` of n tensors, checked. None becomes an empty list: `ops._checked_place` fills in the default."""
+    """Check the arguments, and return the `Place` of n tensors. Raises TypeError, ValueError.
+
+    None becomes an empty list; `ops._checked_place` fills in the default later.
+    """
     if dist not in DISTRIBUTIONS:
         raise ValueError(f"dist must be one of {', '.join(DISTRIBUTIONS)}, got {dist!r}")
     for name, values in (("factors", factors), ("streams", streams), ("starts", starts)):
@@ -135,20 +142,21 @@ def make_place(
 
 
 def check_rounding(rounding: str, seeded: bool, name: str) -> None:
+    """Raise ValueError for an unknown rounding, or one that does not fit whether `name`, its seeds, is given."""
     if rounding not in ("nearest", "stochastic"):
         raise ValueError(f"rounding must be nearest or stochastic, got {rounding!r}")
     if seeded != (rounding == "stochastic"):
         raise ValueError(f"rounding='stochastic' and {name} go together: give both or neither")
 
 
-ONE_DIMENSIONAL, TWO_DIMENSIONAL = ", one-dimensional", ", two-dimensional"  # dimensions
+ONE_DIMENSIONAL, TWO_DIMENSIONAL = ", one-dimensional", ", two-dimensional"  # the argument `dimensions` below
 
 
 def _checked_numbers(values: Any, name: str, dtype: str, dimensions: str, numpy: bool) -> Numbers | None:
-    """Numbers that were passed as an array or a tensor, checked; None if they were passed as a list.
+    """Check numbers that were passed as an array or a tensor, and return them; None if they were passed as a list.
 
-    An array becomes a tensor first where the op runs through torch: torch.compile cannot read the dtype of an array.
-    Raises TypeError.
+    dimensions: how many there must be, as the end of an error message. numpy: whether the op runs on arrays; otherwise
+    an array becomes a tensor first, since torch.compile cannot read the dtype of an array. Raises TypeError.
     """
     if not (is_numpy(values) or may_be_tensor(values)):
         return None
@@ -159,14 +167,14 @@ def _checked_numbers(values: Any, name: str, dtype: str, dimensions: str, numpy:
     )
     unsupported_device = not (is_numpy(numbers) or numbers.is_cpu or numbers.is_cuda)
     if not matches or unsupported_device:
-        taken = "int64 or uint64" if dtype == "int64" and is_numpy(values) else dtype
+        expected = "int64 or uint64" if dtype == "int64" and is_numpy(values) else dtype
         where = f", and not on {numbers.device}" if unsupported_device else ""
-        raise TypeError(f"{name} as {kind} must be {taken}{dimensions}{where}")
+        raise TypeError(f"{name} as {kind} must be {expected}{dimensions}{where}")
     return numbers
 
 
 def check_on_host(seeds: Numbers, op: str) -> None:
-    """Raises TypeError for seeds on a GPU, for an op that reads them on the host."""
+    """Raise TypeError for seeds on a GPU, for an op that reads them on the host."""
     if not (isinstance(seeds, np.ndarray) or seeds.is_cpu):
         raise TypeError(f"{op} takes seeds on the CPU, and they are on {seeds.device}")
 
@@ -174,20 +182,21 @@ def check_on_host(seeds: Numbers, op: str) -> None:
 def are_on_gpu(records: dict[str, Numbers | None], tensors: Sequence[Array]) -> bool:
     """Whether all records are on the tensors' GPU; if not, all of them are on the host.
 
-    Raises RuntimeError for records on several devices, or on another GPU than the tensors.
+    records: by their names, for error messages. Raises RuntimeError for records on several devices, or on another GPU
+    than the tensors.
     """
-    places = {name: "cpu" if is_numpy(x) else str(x.device) for name, x in records.items() if x is not None}
-    if set(places.values()) == {"cpu"}:
+    devices = {name: "cpu" if is_numpy(x) else str(x.device) for name, x in records.items() if x is not None}
+    if set(devices.values()) == {"cpu"}:
         return False
-    there = str(getattr(tensors[0], "device", "cpu"))
-    for name, place in places.items():
-        if place != there:
-            raise RuntimeError(f"{name} on {place} for tensors on {there}: put all records on the CPU, or all there")
+    gpu = str(getattr(tensors[0], "device", "cpu"))
+    for name, device in devices.items():
+        if device != gpu:
+            raise RuntimeError(f"{name} on {device} for tensors on {gpu}: put all records on the CPU, or all there")
     return True
 
 
 def _as_op_input(values: NDArray[Any], numpy: bool) -> Numbers:
-    """Seeds or coefficients as an array or, where the op runs through torch, as a tensor; uint64 is viewed as int64."""
+    """Return seeds or coefficients as an array or, for an op through torch, a tensor; uint64 is viewed as int64."""
     if not numpy:
         numbers: Tensor = tensors_module().from_numpy(values)
         return numbers
@@ -195,7 +204,7 @@ def _as_op_input(values: NDArray[Any], numpy: bool) -> Numbers:
 
 
 def seed_bits(seeds: Seeds, name: str, numpy: bool) -> Numbers:
-    """Seeds as int64 [R], which hold the bits of uint64. Raises TypeError, ValueError."""
+    """Check seeds, and return their bits as int64 [R]. Raises TypeError, ValueError."""
     if (numbers := _checked_numbers(seeds, name, "int64", ONE_DIMENSIONAL, numpy)) is not None:
         return numbers
     check_list(seeds, name, "integers")
@@ -205,7 +214,7 @@ def seed_bits(seeds: Seeds, name: str, numpy: bool) -> Numbers:
 
 
 def seed_table(seeds: SeedTable, numpy: bool) -> Numbers:
-    """Seeds as int64 [R, P], which hold the bits of uint64. Raises TypeError, ValueError."""
+    """Check seeds of rounds and directions, and return their bits as int64 [R, P]. Raises TypeError, ValueError."""
     if (numbers := _checked_numbers(seeds, "seeds", "int64", " [rounds, directions]", numpy)) is not None:
         return numbers
     check_list(seeds, "seeds", "rounds")
@@ -221,7 +230,7 @@ def seed_table(seeds: SeedTable, numpy: bool) -> Numbers:
 
 
 def real_numbers(values: Any, name: str, dimensions: str, numpy: bool) -> Numbers:
-    """Numbers as an array or tensor: float32 if they were passed as one, float64 of a list.
+    """Check numbers, and return them as an array or tensor: float32 if they were passed as one, float64 for a list.
 
     Backends round float64 to float32, in IEEE arithmetic. Raises TypeError, ValueError.
     """
@@ -242,9 +251,9 @@ def real_numbers(values: Any, name: str, dimensions: str, numpy: bool) -> Number
 
 
 def real_table(values: Table, name: str, shape: tuple[int, int], numpy: bool) -> Numbers:
-    """Numbers of this shape, as `real_numbers` returns them. Raises TypeError, ValueError."""
-    empty = hasattr(values, "__len__") and not len(values)
-    table = real_numbers(np.empty((0, shape[1]), np.float32) if empty else values, name, TWO_DIMENSIONAL, numpy)
+    """Check numbers of this shape, and return them as `real_numbers` does. Raises TypeError, ValueError."""
+    is_empty = hasattr(values, "__len__") and not len(values)
+    table = real_numbers(np.empty((0, shape[1]), np.float32) if is_empty else values, name, TWO_DIMENSIONAL, numpy)
     if table.shape != shape:
         raise ValueError(
             f"{name} must be [{shape[0]}, {shape[1]}], one row per round of the seeds, got {[*table.shape]}"
@@ -256,7 +265,7 @@ def real_table(values: Table, name: str, shape: tuple[int, int], numpy: bool) ->
 
 
 def checked_factors(factors: Sequence[float] | None, n: int) -> list[float]:
-    """The factors of n tensors, 1 by default. Raises ValueError for what is no power of two."""
+    """Return the factors of n tensors, by default 1. Raises ValueError for what is not a power of two."""
     factors = _list_or_empty(factors) or [1.0] * n
     for t, factor in enumerate(factors):
         if not (2.0**-100 <= factor <= 2.0**100 and math.frexp(factor)[0] == 0.5):
@@ -269,75 +278,83 @@ def check_tensors(tensors: Sequence[Array], starts: Sequence[int] | None = None)
 
     Raises TypeError, RuntimeError, ValueError.
     """
-    found = layouts(tensors)
-    for t, (tensor, (_, _, device, row_major)) in enumerate(zip(tensors, found, strict=True)):
+    tensor_layouts = layouts(tensors)
+    for t, (tensor, (_, _, device, row_major)) in enumerate(zip(tensors, tensor_layouts, strict=True)):
         if dtype_name(tensor.dtype) is None:
             raise TypeError(f"tensors[{t}] is {tensor.dtype}; the kernels take float32, bfloat16 and float16")
-        if device != found[0][2]:
-            raise RuntimeError(f"tensors[0] is on {found[0][2]}, tensors[{t}] on {device}: use one device")
+        if device != tensor_layouts[0][2]:
+            raise RuntimeError(f"tensors[0] is on {tensor_layouts[0][2]}, tensors[{t}] on {device}: use one device")
         if not row_major:
             _check_channels_last(tensor, f"tensors[{t}]")
     if starts:
         for t, (start, size) in enumerate(zip(starts, sizes(tensors), strict=True)):
-            if int(start) + size > 2**63:  # an int64 of numpy would overflow
+            if int(start) + size > 2**63:  # int, since numpy's int64 would overflow
                 raise ValueError(f"starts[{t}] + numel is beyond 2^63")
-    _check_no_shared_memory({"tensors": found})
-    return found
+    _check_no_shared_memory({"tensors": tensor_layouts})
+    return tensor_layouts
 
 
 def _check_channels_last(x: Any, name: str) -> None:
+    """Raise RuntimeError unless x, which is not row-major, is in channels_last."""
     if is_numpy(x) and not x.flags.aligned:
-        raise RuntimeError(f"{name} does not lie where its numbers can be read (it is not aligned): call it on a copy")
+        raise RuntimeError(f"{name} is not aligned to its dtype in memory: pass a copy")
     if not is_channels_last(x):
         strides = x.strides if is_numpy(x) else x.stride()
         raise RuntimeError(
-            f"{name} is not contiguous, nor in channels_last (strides {strides}): call it on a contiguous one"
+            f"{name} is not contiguous, nor in channels_last (strides {strides}): pass a contiguous copy"
         )
 
 
 def _check_no_shared_memory(lists: dict[str, Layouts]) -> None:
+    """Raise RuntimeError if any two arrays share memory. lists: their layouts by the lists' names."""
     spans = []
-    for k, found in enumerate(lists.values()):
-        spans += [(begin, end, k, t) for t, (begin, end, _, _) in enumerate(found) if begin < end]
+    for k, list_layouts in enumerate(lists.values()):
+        spans += [(begin, end, k, t) for t, (begin, end, _, _) in enumerate(list_layouts) if begin < end]
     spans.sort()
     names = list(lists)
-    for (_, end, *one), (begin, _, *other) in pairwise(spans):
+    for (_, end, *position), (begin, _, *next_position) in pairwise(spans):
         if begin < end:
-            first, second = (f"{names[k]}[{t}]" for k, t in sorted((one, other)))
+            first, second = (f"{names[k]}[{t}]" for k, t in sorted((position, next_position)))
             raise RuntimeError(f"{first} and {second} share memory: pass tied tensors once")
 
 
-def check_moments(tensors: list[Array], found: Layouts, moments: list[list[Array]]) -> None:
-    """Check that moments are float32, and alike to their tensors. found: the layouts of the tensors."""
-    lists = {"tensors": found}
+def check_moments(tensors: list[Array], tensor_layouts: Layouts, moments: list[list[Array]]) -> None:
+    """Check that moments are float32, and have their tensors' shapes and devices.
+
+    Raises TypeError, ValueError, RuntimeError.
+    """
+    lists = {"tensors": tensor_layouts}
     for k, moment in enumerate(moments):
         lists[f"moments[{k}]"] = layouts(moment)
-        rows = zip(moment, lists[f"moments[{k}]"], tensors, found, strict=True)
-        for t, (kept, (_, _, device, row_major), tensor, (_, _, theirs, _)) in enumerate(rows):
-            if dtype_name(kept.dtype) != "float32":
-                raise TypeError(f"moments[{k}][{t}] is {kept.dtype}; moments are float32, whatever the weights are")
-            if kept.shape != tensor.shape:
-                shapes = f"moments[{k}][{t}] is {[*kept.shape]}, tensors[{t}] is {[*tensor.shape]}"
+        rows = zip(moment, lists[f"moments[{k}]"], tensors, tensor_layouts, strict=True)
+        for t, (m, (_, _, device, row_major), tensor, (_, _, tensor_device, _)) in enumerate(rows):
+            if dtype_name(m.dtype) != "float32":
+                raise TypeError(f"moments[{k}][{t}] is {m.dtype}; moments are float32, whatever the weights are")
+            if m.shape != tensor.shape:
+                shapes = f"moments[{k}][{t}] is {[*m.shape]}, tensors[{t}] is {[*tensor.shape]}"
                 raise ValueError(f"{shapes}: they must be alike")
-            if device != theirs:
-                raise RuntimeError(f"moments[{k}][{t}] is on {device}, tensors[{t}] on {theirs}: use one device")
+            if device != tensor_device:
+                raise RuntimeError(f"moments[{k}][{t}] is on {device}, tensors[{t}] on {tensor_device}: use one device")
             if not row_major:
-                _check_channels_last(kept, f"moments[{k}][{t}]")
+                _check_channels_last(m, f"moments[{k}][{t}]")
     _check_no_shared_memory(lists)
 
 
 def check_finite(table: NDArray[Any], name: str, factors: Sequence[float] = (1.0,)) -> None:
-    """Raises ValueError unless every number of the table, times the largest factor, is finite in float32."""
+    """Raise ValueError unless every number of the table, times the largest factor, is finite in float32."""
     largest = max(factors)
-    beyond = ~(np.abs(table.astype(np.float64)) * largest <= LARGEST_FLOAT32)
-    if beyond.any():
-        r, p = np.argwhere(beyond)[0]
+    is_beyond = ~(np.abs(table.astype(np.float64)) * largest <= LARGEST_FLOAT32)
+    if is_beyond.any():
+        r, p = np.argwhere(is_beyond)[0]
         times = "" if largest == 1 else f" * {largest}, its factor"
         raise ValueError(f"{name}[{r}][{p}] must be finite in float32, got {float(table[r, p])}{times}")
 
 
 def check_scales(scales: Sequence[float], factors: Sequence[float], name: str) -> None:
-    """Raises ValueError unless every scale, times the largest factor, is finite in float32."""
+    """Raise ValueError unless every scale, times the largest factor, is finite in float32.
+
+    name: a format for the argument's name in messages, in which {r} is the scale's index.
+    """
     largest = max(factors, default=1.0)
     for r, scale in enumerate(scales):
         if not abs(scale) * largest <= LARGEST_FLOAT32:
@@ -345,11 +362,11 @@ def check_scales(scales: Sequence[float], factors: Sequence[float], name: str) -
 
 
 def unsigned_seeds(bits: Numbers) -> list[int]:
-    """Seeds, of any shape, as one flat list of Python integers. bits: int64 that hold those of uint64."""
+    """Return seeds, of any shape, as a flat list of Python integers. bits: those of uint64 in int64."""
     seeds: list[int] = to_numpy(bits).reshape(-1).view(np.uint64).tolist()
     return seeds
 
 
 def join_halves(halves: Sequence[int]) -> int:
-    """A seed from its low and its high 32 bits."""
+    """Make a seed of its low and its high 32 bits."""
     return halves[0] | halves[1] << 32

@@ -474,7 +474,7 @@ def test_layers_that_cannot_have_adapters():
         ("xlora", "cannot be used"),
         ("adalora", "peft refuses the configuration: .*total_step"),
         ("vblora", "peft refuses: .*divisible"),
-        ("trainable_tokens", "nothing of these adapters moves"),
+        ("trainable_tokens", "these adapters have no trainable parameters"),
         ("missing.json", "missing.json cannot be read: No such file"),
         ("folder.json", "folder.json cannot be read"),
         ("torn.json", "torn.json is no JSON"),

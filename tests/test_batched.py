@@ -21,7 +21,7 @@ from hosfl.methods import ho
 from hosfl.probing import batched
 from hosfl.probing.batched import probe_batched, probe_forward_batched
 from hosfl.probing.displaced import Displacement
-from hosfl.probing.probe import Moved, probe_forward, probe_in_place, probe_untouched, trainable
+from hosfl.probing.probe import PerturbedTensors, probe_forward, probe_in_place, probe_untouched, trainable
 from hosfl.protocol.lattice import Lattice
 from hosfl.protocol.messages import Multiplier
 from hosfl.runs.assemble import assemble
@@ -101,7 +101,7 @@ def distance(found, expected):
 @pytest.mark.parametrize("half", HALVES, indirect=True)
 def test_as_one_by_one(half, dist):
     module, inputs, _, _ = half
-    moved = Moved.of(module, [2.0 ** (t % 3 - 1) for t in range(len(trainable(module)[0]))])
+    moved = PerturbedTensors.of(module, [2.0 ** (t % 3 - 1) for t in range(len(trainable(module)[0]))])
     before = digest(module), identity(module)
     for two_sided in (False, True):
         expected = probe_untouched(*half, SEEDS, MU, dist, moved, two_sided)
@@ -115,7 +115,7 @@ def test_as_one_by_one(half, dist):
 @pytest.mark.parametrize("half", [h for h in HALVES if h not in ("channels last", "tables")], indirect=True)
 def test_forward_mode_as_one_by_one(half):
     module, inputs, multiplier, _ = half
-    moved = Moved.of(module, [2.0 ** (t % 3 - 1) for t in range(len(trainable(module)[0]))])
+    moved = PerturbedTensors.of(module, [2.0 ** (t % 3 - 1) for t in range(len(trainable(module)[0]))])
     before = digest(module), identity(module)
     expected = probe_forward(module, inputs, multiplier, SEEDS, "gaussian", moved)
     for at_once in (1, 2, P, P + 3):
@@ -164,7 +164,7 @@ def test_the_bits_of_a_copy(dist):
     half.weight = nn.Parameter(half.weight.detach().t().contiguous().t())  # of other strides
     with evaluating(half):
         cut = torch.ones(2, 4)
-        rest = (half, x, cut, cut, SEEDS, MU, dist, Moved.of(half, [0.5]))
+        rest = (half, x, cut, cut, SEEDS, MU, dist, PerturbedTensors.of(half, [0.5]))
         probe_untouched(*rest)
         expected = torch.stack(seen)
         seen.clear()
@@ -178,19 +178,19 @@ def test_on_a_lattice_as_well_as_in_place():
     mu = Lattice.snap(parameters, [1.0, 1.0]).nearest(1e-2)
     with evaluating(half):
         cut = half(x)
-        expected = probe_in_place(lambda: half(x), Moved.of(half), multiplier, cut, SEEDS, mu)
+        expected = probe_in_place(lambda: half(x), PerturbedTensors.of(half), multiplier, cut, SEEDS, mu)
         found = probe_batched(half, x, multiplier, cut, SEEDS, mu, "rademacher", at_once=P)
     assert distance(found, expected) < 1e-4
 
 
 def test_a_part_of_what_moves_from_where_it_begins():
-    """moved: what a block has, while the pass starts at that block."""
+    """perturbed: what a block has, while the pass starts at that block."""
     half, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(5, 3)
-    moved = Moved.of(half).subset([2, 3])
+    moved = PerturbedTensors.of(half).subset([2, 3])
     with evaluating(half):
         cut, held = half(x), half[:2](x)
         rest = (torch.ones_like(cut), cut, SEEDS, MU, "gaussian")
-        place = {"at_once": 2, "moved": moved}
+        place = {"at_once": 2, "perturbed": moved}
         found = probe_batched(half[2:], held, *rest, **place)
         whole = probe_batched(half, x, *rest, **place)
         exact = probe_forward_batched(half[2:], held, *rest[:1], SEEDS, "gaussian", **place)

@@ -213,8 +213,8 @@ def test_families(kind):
     behind = BlockRun(half, [begins[1].entry])
     with evaluating(half), behind.keeping_input():
         call(half, inputs)
-    with evaluating(behind.front):
-        assert torch.equal(call(behind.front, inputs), behind._input)
+    with evaluating(behind.head):
+        assert torch.equal(call(behind.head, inputs), behind._input)
     client = client_of(half, inputs, begins, directions=6, estimator="backward")
     multiplier = torch.randn(call(half, inputs).shape)
     with torch.no_grad():
@@ -272,7 +272,7 @@ def test_one_block_is_the_whole_half_where_nothing_can_be_told_about_it(bert, mo
     wrong_from_a_block(monkeypatch)
     [begin] = blocks_of(half, 1, inputs)
     assert (begin.entry, begin.share) == ("", 1.0)
-    monkeypatch.setattr(BlockRun, "at", lambda *arguments: {}["no such input"])
+    monkeypatch.setattr(BlockRun, "tail", lambda *arguments: {}["no such input"])
     assert blocks_of(half, 1, inputs) == [begin]
 
 
@@ -415,7 +415,7 @@ def test_the_kept_input_is_the_first_block_s_and_goes_on_with_the_blocks(bert):
         assert calls == [0, 1, 2, 3]
         for block, expected in ((0, []), (0, []), (1, [1]), (2, [2]), (0, [0, 1, 2, 3]), (2, [1, 2])):
             calls.clear()
-            module, given = run.at(block, inputs)
+            module, given = run.tail(block, inputs)
             assert calls == expected
             assert torch.equal(call(module, given), cut)
     for handle in handles:

@@ -164,7 +164,7 @@ class Named(nn.Sequential):
 
 def test_sequences_with_a_forward_or_an_init_of_their_own():
     x = torch.randn(2, 4)
-    with pytest.raises(CutError, match="cannot cut a Residual: nowhere"):
+    with pytest.raises(CutError, match="cannot cut a Residual: there is no place"):
         split(Residual(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), 1)
     model = Named(8)
     halves = split(model, 1)
@@ -368,8 +368,8 @@ def assigns_anew(net, x):
     [
         (counts, "changes calls, which is in no half: keep it in a buffer"),
         (appends, "changes log, which is in no half"),
-        (counts_and_uses, "is another one in every pass: it uses what the pass before left"),
-        (goes_on, "is another one in every pass: it uses what the pass before left"),
+        (counts_and_uses, "differs from pass to pass: it uses what the pass before left"),
+        (goes_on, "differs from pass to pass: it uses what the pass before left"),
         (goes_on_beside, "it writes into total, which is no buffer"),
         (assigns, r"it assigns mean, where a half would keep the old one: write into it, mean.copy_"),
         (assigns_anew, r"it assigns mean, where a half would keep the old one: write into it, mean.copy_"),
@@ -378,7 +378,7 @@ def assigns_anew(net, x):
             lambda net, x: net._parameters.get("none") or net.second._parameters["bias"] * 2,
             "it computes with second.bias",
         ),
-        (lambda net, x: torch.rand(4), "is another one in every pass: it draws random numbers apart"),
+        (lambda net, x: torch.rand(4), "differs from pass to pass: it draws random numbers apart"),
         (lambda net, x: x if torch.rand(()) < 2 else None, "it draws random numbers apart"),
         (lambda net, x: x if random.random() < 2 else None, "it draws random numbers apart"),
         (lambda net, x: x if np.random.rand() < 2 else None, "it draws random numbers apart"),
@@ -387,9 +387,9 @@ def assigns_anew(net, x):
         (lambda net, x: x if net.two.random() < 2 else None, "it draws random numbers apart"),
         (lambda net, x: x if net.three.random() < 2 else None, "it draws random numbers apart"),
         (in_full_precision, "it enters autocast, which is in no step: do that in the forward pass of a layer"),
-        (lambda net, x: torch.ones(4) * net.training, "another one in train mode than in eval mode"),
-        (in_eval_mode_without, "another one in train mode than in eval mode"),
-        (lambda net, x: x * 2 if torch.is_grad_enabled() else None, "another one where gradients are off"),
+        (lambda net, x: torch.ones(4) * net.training, "differs between train mode and eval mode"),
+        (in_eval_mode_without, "differs between train mode and eval mode"),
+        (lambda net, x: x * 2 if torch.is_grad_enabled() else None, "differs where gradients are off"),
         (lambda net, x: None if torch.is_autocast_enabled() else x * 2, "or under autocast: ask for these in"),
         (lambda net, x: x * 2 if torch.is_autocast_enabled("cpu") else None, "or under autocast: ask for these in"),
     ],
@@ -720,8 +720,8 @@ def test_what_is_no_chain_is_refused():
             Decides(),
             r"forward pass of Decides: it takes its input's numbers or shape .*\(test_chain\.py, line \d+: return",
         ),
-        (Auxiliary(), "Auxiliary is another one in train mode"),
-        (Skips(), "nowhere in its forward pass one tensor alone"),
+        (Auxiliary(), "Auxiliary differs between train mode"),
+        (Skips(), "there is no place in its forward pass where a single tensor"),
         (nn.ModuleList([nn.Linear(2, 2)]), "cannot follow the forward pass of ModuleList"),
     ):
         with pytest.raises(CutError, match=match):
@@ -752,5 +752,5 @@ def test_a_gradient_is_compared_with_its_imaginary_part():
     same, stopped = (nn.Sequential(model[0], turned) for turned in (model[1], Turned(stopped=True)))
     stopped[1].weight = model[1].weight
     verify_halves(model, SplitModel(same, model[2]), torch.randn(3, 4))
-    with pytest.raises(CutError, match=r"the gradient of 1\.weight is another one"):
+    with pytest.raises(CutError, match=r"the gradient of 1\.weight differs"):
         verify_halves(model, SplitModel(stopped, model[2]), torch.randn(3, 4))

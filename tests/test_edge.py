@@ -395,10 +395,10 @@ def test_statistics_that_are_none(tmp_path):
     assert client.calibrated
     assert client.statistics(empty).statistics.shape == (size,)
     assert not client.calibrated  # those of the run are yet to come
-    client.running.of_batch = lambda: lambda inputs: right * np.float32(np.nan)
+    client.running.open_graph = lambda: lambda inputs: right * np.float32(np.nan)
     with pytest.raises(MessageError, match="a channel needs more than one value"):
         client.statistics(empty)
-    client.running.of_batch = lambda: lambda inputs: right[1:]
+    client.running.open_graph = lambda: lambda inputs: right[1:]
     with pytest.raises(HalfError, match=r"makes \(7,\), and the half has \(8,\)"):
         client.statistics(empty)
     for told, why in [
@@ -631,7 +631,7 @@ def test_a_client_that_leaves_its_run_is_gone_before_the_next_is_made(run, tmp_p
 
 def test_no_pass_runs_beside_the_output_of_the_last(run, tmp_path, monkeypatch):
     files, _, data, news = run
-    edge, held, through = endpoint(files, 1, tmp_path / "1", data), [], Half._through
+    edge, held, through = endpoint(files, 1, tmp_path / "1", data), [], Half._run_pieces
     cut = decode(edge.answer(ask(files, news))).cut
 
     def watched(*args):
@@ -639,7 +639,7 @@ def test_no_pass_runs_beside_the_output_of_the_last(run, tmp_path, monkeypatch):
         held.append(weakref.ref(output := through(*args)))
         return output
 
-    monkeypatch.setattr(Half, "_through", watched)
+    monkeypatch.setattr(Half, "_run_pieces", watched)
     edge.answer(pack([encode(Multiplier(client=1, round=0, multiplier=np.ones_like(cut)))]))
     assert len(held) == SETTINGS["directions"]
 
@@ -659,8 +659,8 @@ def test_an_interrupt_during_a_restore_waits(tmp_path):
                 yield kept
                 signal.raise_signal(signal.SIGINT)
 
-    probe.kept = Interrupted(probe.kept)
-    assert len(probe.kept) > 1
+    probe.saved = Interrupted(probe.saved)
+    assert len(probe.saved) > 1
     with pytest.raises(KeyboardInterrupt):
         probe.restore()
     assert replica.digest() == before
@@ -774,9 +774,9 @@ REFUSED = {
     "a setting of tomorrow": (lambda files: other_settings(files, tomorrow=1), "update hosfl"),
     "a setting of another type": (lambda files: other_settings(files, batch="many"), "do not work here"),
     "settings that are not its header's": (lambda files: other_settings(files, batch=4), "batch was 8, is 4"),
-    "another log": (lambda files: changed(files, log="0" * 64), "another than that of its log"),
-    "no header": (lambda files: sealed(files, header=b"HSFL"), "header is none"),
-    "a header and more": (lambda files: sealed(files, header=files["header"] + b"\0"), "another than that of its log"),
+    "another log": (lambda files: changed(files, log="0" * 64), "header is not that of its log"),
+    "no header": (lambda files: sealed(files, header=b"HSFL"), "header is invalid"),
+    "a header and more": (lambda files: sealed(files, header=files["header"] + b"\0"), "header is not that of its log"),
     "no base": (lambda files: sealed(files, base=b"rubbish"), "no safetensors file"),
     "another base": (lambda files: sealed(files, base=files["base"][:-1] + b"\1"), "other weights than its log"),
     "graphs of another kind": (lambda files: other_edge(files, graphs=7), "is no run"),
@@ -834,7 +834,7 @@ def test_a_graph_is_tried_on_the_longest_texts_that_clients_send(estimator):
     config = {**SETTINGS, **FRESH, "task": "", "server_rate": 0.05, "client_rate": 0.1, "partition": "iid"}
     federation, _ = assemble(Config(**config | {"estimator": estimator, "seed": 6}), task=task)
     assert federation.make_client(0).batch(0)[0]["input_ids"].shape[1] == 7
-    with pytest.raises(ExportError, match="of 4 samples of 12 tokens numbers differ"):
+    with pytest.raises(ExportError, match="for 4 samples of 12 tokens, numbers differ"):
         offered_files(federation, edge=True)
 
 

@@ -10,11 +10,11 @@ import hosfl
 from hosfl.edge.backward import export_gradient
 from hosfl.edge.gradient import GRADIENT, Gradient
 from hosfl.edge.half import HalfError
-from hosfl.edge.original import ExportError
+from hosfl.edge.source import ExportError
 from hosfl.halves.inputs import call
 from hosfl.halves.narrow import narrow_weights
 from hosfl.halves.trains import select_trainable
-from hosfl.probing.probe import Lookups
+from hosfl.probing.probe import EmbeddingGradients
 from hosfl.runs.checkpoint import save_module
 from hosfl.tasks.vision import CifarResNet
 from hosfl_kernels import replay_
@@ -130,7 +130,7 @@ def arrays(half):
 
 def of_torch(half, sample, multiplier):
     weights = list(moving(half).values())
-    with Lookups():
+    with EmbeddingGradients():
         found = torch.autograd.grad(call(half, sample), weights, multiplier, allow_unused=True)
     return [torch.zeros_like(p) if g is None else g for p, g in zip(weights, found, strict=True)]
 

@@ -19,12 +19,12 @@ from torch import nn
 import hosfl
 from hosfl.edge import graph
 from hosfl.edge.backward import export_gradient
-from hosfl.edge.by_batch import export_statistics
+from hosfl.edge.batch_statistics import export_statistics
 from hosfl.edge.export import export_half
 from hosfl.edge.gradient import GRADIENT, Gradient
 from hosfl.edge.half import BASE, CHECK_STEP, PREFIX, Half, HalfError, graph_name
-from hosfl.edge.original import ExportError
-from hosfl.edge.running import STATISTICS, StatisticsEstimator
+from hosfl.edge.running_statistics import STATISTICS, StatisticsEstimator
+from hosfl.edge.source import ExportError
 from hosfl.halves.hub import packaged_minilm, pretrained_model
 from hosfl.halves.inputs import call, evaluating
 from hosfl.halves.narrow import narrow_weights
@@ -323,10 +323,10 @@ def test_pieces_are_the_half_wherever_its_weights_are(name, tmp_path):
             assert close(cut, whole(arrays(sample)), sample)
             assert close(cut, by_torch(half, sample), sample)
             for piece in range(len(pieces)):
-                forward = run.at(piece, arrays(sample))
+                forward = run.forward_from(piece, arrays(sample))
                 assert np.array_equal(forward(), cut)
                 assert np.array_equal(forward(), cut)
-            assert np.array_equal(run.at(1, arrays(sample))(), cut)  # asked for anew
+            assert np.array_equal(run.forward_from(1, arrays(sample))(), cut)  # asked for anew
         run.check(arrays(sample))
 
 
@@ -344,7 +344,7 @@ def test_a_weight_that_moves_is_seen_from_its_piece_on(name, tmp_path):
         first = next(number for number, names in enumerate(reads) if PREFIX + weight in names)
         kept = tensor.copy()
         run(arrays(inputs))
-        forward = run.at(first, arrays(inputs))
+        forward = run.forward_from(first, arrays(inputs))
         replay_([tensor], [5], [0.25])
         replay_([parameter], [5], [0.25])
         assert close(forward(), by_torch(half, inputs), inputs)
@@ -406,7 +406,7 @@ def test_frozen_weights_are_in_memory_once_beside_the_gradient(tmp_path):
         pytest.skip("reads /proc")
     layers = nn.Linear(4, size), nn.Linear(size, size).requires_grad_(False)
     half, sample = nn.Sequential(*layers, nn.Linear(size, 4)).eval(), torch.randn(2, 4)
-    folder = written(tmp_path, half, *export_half(half, sample, beside_gradient=True))
+    folder = written(tmp_path, half, *export_half(half, sample, with_gradient=True))
     (folder / GRADIENT).write_bytes(export_gradient(half, sample))
     told = f"""
 import re, sys
@@ -486,7 +486,7 @@ def test_statistics_that_are_others_are_found_out():
         return x
 
     half[1].forward = own.__get__(half[1])
-    with pytest.raises(ExportError, match="statistics are not the half's: of 3 samples numbers differ"):
+    with pytest.raises(ExportError, match="statistics are not the half's: for 3 samples, numbers differ"):
         export_statistics(half.eval(), sample)
 
 
@@ -506,7 +506,7 @@ def test_what_the_first_piece_makes_is_all_that_is_kept(tmp_path):
     run, inputs = Half(written(tmp_path, half, *pieces), moving_of(half), len(pieces), threads=1), arrays(texts())
     cut = run(inputs)
     for piece in range(len(pieces)):
-        run.at(piece, inputs)
+        run.forward_from(piece, inputs)
         held = [value for value in vars(run).values() if isinstance(value, np.ndarray)]
         assert sum(value.nbytes for value in held) <= cut.nbytes
 
@@ -514,7 +514,7 @@ def test_what_the_first_piece_makes_is_all_that_is_kept(tmp_path):
 def test_a_pass_may_begin_at_a_piece_before_there_was_one(tmp_path):
     half, pieces = cut_up("resnet")
     run = Half(written(tmp_path, half, *pieces), moving_of(half), len(pieces), threads=1)
-    cut = run.at(2, arrays(pictures()))()
+    cut = run.forward_from(2, arrays(pictures()))()
     assert np.array_equal(run(arrays(pictures())), cut)
 
 
@@ -648,15 +648,15 @@ def test_a_runtime_that_misses_moves_is_found_out(name, tmp_path, monkeypatch):
     for stale in moving_of(half):
 
         class Copies(Half):
-            def _opened(self):
+            def _open_sessions(self):
                 at = self._moving.index(stale)  # noqa: B023
                 self._values[at] = value.ortvalue_from_numpy(self.tensors[at].copy())
                 self._copies = [*getattr(self, "_copies", []), self._values[at]]
-                return super()._opened()
+                return super()._open_sessions()
 
         run = Copies(tmp_path, moving_of(half), len(pieces), threads=1)
         before = [t.copy() for t in run.tensors]
-        with pytest.raises(HalfError, match=rf"goes on with old values of {stale}: install"):
+        with pytest.raises(HalfError, match=rf"keeps using old values of {stale}: install"):
             run.check(inputs)
         assert all(np.array_equal(a, b) for a, b in zip(before, run.tensors, strict=True))
 
@@ -671,7 +671,7 @@ def test_a_runtime_that_makes_other_numbers_once_is_found_out(off, folder, monke
 
     monkeypatch.setattr(Half, "_run", off_once)
     half = Half(folder, [])
-    with pytest.raises(HalfError, match="comes back to other numbers: install"):
+    with pytest.raises(HalfError, match="does not restore its output: install"):
         half.check(arrays(numbers()))
 
 
@@ -817,7 +817,7 @@ REFUSED = {
     "branches in a loop": (
         lambda: Of(lambda self, y: nn.functional.embedding_bag(y.long().abs().flatten(), y.abs(), OFFSETS)),
         numbers(),
-        "loops or branches in one another",
+        "nested loops or branches",
     ),
     "float64": (lambda: nn.Linear(6, 4).double(), numbers(), "weight is float64: make the half float32"),
     "a tuple": (lambda: nn.Linear(6, 4), (numbers(),), "input is a tuple"),
@@ -833,7 +833,7 @@ REFUSED = {
     ),
     "experts in groups": (lambda: family("mixtral"), texts(), r'set_experts_implementation\("batched_mm"\)'),
     "a fixed batch": (lambda: Of(lambda self, y: y.reshape(3, 4)), numbers(), "the Of: .*"),
-    "noise": (lambda: Of(lambda self, y: y + torch.rand_like(y)), numbers(), "is not the half: of 3 samples numbers"),
+    "noise": (lambda: Of(lambda self, y: y + torch.rand_like(y)), numbers(), "is not the half: for 3 samples, numbers"),
     "a large constant": (
         lambda: Of(lambda self, y: y + self.table[:4, 0], table=LARGE),
         numbers(),
@@ -893,29 +893,29 @@ def test_an_argument_may_be_called_as_something_in_the_graph(name, tmp_path):
 
 
 SIZES = {
-    "one token": (lambda rows, tokens: tokens == 1, (0, 0), "of 4 samples of 1 tokens numbers differ"),
-    "few tokens": (lambda rows, tokens: tokens < 4, (0, 0), "of 4 samples of 1 tokens numbers differ"),
-    "many tokens": (lambda rows, tokens: tokens > 20, (8, 30), "of 4 samples of 30 tokens numbers differ"),
-    "one sample": (lambda rows, tokens: rows == 1, (0, 0), "of 1 samples of 8 tokens numbers differ"),
-    "many samples": (lambda rows, tokens: rows > 20, (2**32 - 1, 12), "of 256 samples of 8 tokens numbers differ"),
+    "one token": (lambda rows, tokens: tokens == 1, (0, 0), "for 4 samples of 1 tokens, numbers differ"),
+    "few tokens": (lambda rows, tokens: tokens < 4, (0, 0), "for 4 samples of 1 tokens, numbers differ"),
+    "many tokens": (lambda rows, tokens: tokens > 20, (8, 30), "for 4 samples of 30 tokens, numbers differ"),
+    "one sample": (lambda rows, tokens: rows == 1, (0, 0), "for 1 samples of 8 tokens, numbers differ"),
+    "many samples": (lambda rows, tokens: rows > 20, (2**32 - 1, 12), "for 256 samples of 8 tokens, numbers differ"),
 }
 
 
 @pytest.mark.parametrize("what", SIZES)
 def test_a_half_that_looks_at_sizes_is_refused(what):
     """Its graph has one of its ways, and clients send batches of any size."""
-    otherwise, most, said = SIZES[what]
+    otherwise, max_sizes, said = SIZES[what]
     half, sample = Looks(otherwise), torch.randint(0, 50, (8, 12), generator=torch.Generator().manual_seed(0))
     with pytest.raises(ExportError, match=f"the graph of the Looks is not the half: {said}"):
-        export_half(half, sample, most=most)
+        export_half(half, sample, max_sizes=max_sizes)
     with pytest.raises(ExportError, match=said):
-        export_gradient(half, sample, most=most)
+        export_gradient(half, sample, max_sizes=max_sizes)
 
 
 def test_sizes_that_no_client_sends_do_not_matter():
     half, sample = Looks(lambda rows, tokens: rows > 20 or tokens > 20), torch.arange(96).reshape(8, 12) % 50
-    assert export_half(half, sample, most=(20, 20))
-    assert export_gradient(half, sample, most=(20, 20))
+    assert export_half(half, sample, max_sizes=(20, 20))
+    assert export_gradient(half, sample, max_sizes=(20, 20))
 
 
 def test_a_length_that_is_part_of_the_half_stays():
@@ -935,7 +935,7 @@ def test_an_export_that_computes_something_else_is_found_out(monkeypatch):
 
     monkeypatch.setattr(graph.json, "loads", exchanged)
     half = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)).requires_grad_(False)
-    with pytest.raises(ExportError, match="is not the half: of 3 samples numbers differ by"):
+    with pytest.raises(ExportError, match="is not the half: for 3 samples, numbers differ by"):
         export_half(half, numbers())
 
 
@@ -955,7 +955,7 @@ class Opens(nn.Module):
 def test_what_a_factor_of_zero_hides_is_compared(export):
     half = Opens().eval()
     before = copy.deepcopy(half.state_dict())
-    with pytest.raises(ExportError, match="where its weights have moved: of 3 samples numbers differ"):
+    with pytest.raises(ExportError, match="where its weights have moved: for 3 samples, numbers differ"):
         export(half, numbers())
     assert all(torch.equal(before[name], t) for name, t in half.state_dict().items())
 

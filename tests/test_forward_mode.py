@@ -17,7 +17,14 @@ from hosfl.methods.first_order import FirstOrderClient
 from hosfl.probing import probe
 from hosfl.probing.batched import probe_forward_batched
 from hosfl.probing.forward_mode import Tangents, derivative
-from hosfl.probing.probe import Moved, probe_backward, probe_forward, probe_in_place, probe_untouched, trainable
+from hosfl.probing.probe import (
+    PerturbedTensors,
+    probe_backward,
+    probe_forward,
+    probe_in_place,
+    probe_untouched,
+    trainable,
+)
 from hosfl.protocol.lattice import Lattice
 from hosfl.protocol.messages import Multiplier
 from hosfl.protocol.replica import digest
@@ -233,7 +240,9 @@ def test_the_estimators_measure_the_same_number():
     with evaluating(half):
         cut = half(x)
         for two_sided in (False, True):
-            place = probe_in_place(lambda: half(x), Moved.of(half), multiplier, cut, seeds, mu, two_sided=two_sided)
+            place = probe_in_place(
+                lambda: half(x), PerturbedTensors.of(half), multiplier, cut, seeds, mu, two_sided=two_sided
+            )
             assert digest(parameters) == before
             untouched = probe_untouched(half, x, multiplier, cut, seeds, mu, "rademacher", two_sided=two_sided)
             assert torch.equal(place, untouched)
@@ -263,7 +272,7 @@ def test_an_exception_at_either_side_leaves_no_trace(two_sided, passes):
     with evaluating(half):
         cut = half(x)
         with pytest.raises(KeyboardInterrupt):
-            probe_in_place(forward, Moved.of(half), multiplier, cut, [1, 2, 3], mu, two_sided=two_sided)
+            probe_in_place(forward, PerturbedTensors.of(half), multiplier, cut, [1, 2, 3], mu, two_sided=two_sided)
     assert digest(parameters) == before
     assert len(set(done)) == passes
 
@@ -279,7 +288,7 @@ def both_ways(half, inputs, microbatch=0, dist="rademacher", factors=None):
         multiplier *= inputs["attention_mask"].unsqueeze(-1)  # nobody asks what is made of padding
     seeds = list(range(6))
     with evaluating(half):
-        moved = Moved.of(half, factors)
+        moved = PerturbedTensors.of(half, factors)
         expected = probe_forward(half, inputs, multiplier, seeds, dist, moved)
         return probe_backward(half, inputs, multiplier, seeds, dist, moved, microbatch), expected
 
@@ -299,11 +308,11 @@ def test_backward_of_every_image_family(family):
     assert relative(*both_ways(half, torch.randn(3, 3, 16, 16), 2)) < 1e-4
 
 
-@pytest.mark.parametrize("waiting", [0, 500, probe.WAITING])
+@pytest.mark.parametrize("waiting", [0, 500, probe.MAX_PENDING])
 @pytest.mark.parametrize("microbatch", [0, 1, 3, 8, 100])
 @pytest.mark.parametrize("dist", ["rademacher", "gaussian"])
 def test_some_samples_at_a_time_and_some_gradients(microbatch, dist, waiting, monkeypatch):
-    monkeypatch.setattr(probe, "WAITING", waiting)
+    monkeypatch.setattr(probe, "MAX_PENDING", waiting)
     half, x, _ = small_half()
     half[0].weight.requires_grad_(False)  # streams are positions among all parameters
     assert relative(*both_ways(half, x, microbatch, dist, [0.5, 2.0, 4.0])) < 1e-5
@@ -414,7 +423,7 @@ def test_backward_needs_one_layer_and_some_samples():
 
     whole, parts = peak(0), peak(32)
     assert whole > 12 * x.nbytes  # of every layer's output
-    assert parts < 12 * x.nbytes / 16 + probe.WAITING + 4 * layer
+    assert parts < 12 * x.nbytes / 16 + probe.MAX_PENDING + 4 * layer
 
 
 class Shifts(nn.Module):

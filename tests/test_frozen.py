@@ -19,7 +19,14 @@ from hosfl.halves.narrow import BITS, GROUP, _recorded_reads, narrow_weights, re
 from hosfl.halves.split import dtype_of, split
 from hosfl.halves.trains import select_trainable
 from hosfl.probing.forward_mode import derivative
-from hosfl.probing.probe import Moved, probe_backward, probe_forward, probe_in_place, probe_untouched, trainable
+from hosfl.probing.probe import (
+    PerturbedTensors,
+    probe_backward,
+    probe_forward,
+    probe_in_place,
+    probe_untouched,
+    trainable,
+)
 from hosfl.protocol.header import LogError
 from hosfl.protocol.lattice import Lattice
 from hosfl.runs.assemble import assemble
@@ -213,7 +220,9 @@ def test_every_estimator_agrees_with_backpropagation(trains, frozen):
         for two_sided, bound in ((False, 0.1), (True, 0.01)):
             found = probe_untouched(half, x, multiplier, cut, seeds, mu, "rademacher", two_sided=two_sided)
             assert relative(found, expected) < bound
-            place = probe_in_place(lambda: half(x), Moved.of(half), multiplier, cut, seeds, mu, two_sided=two_sided)
+            place = probe_in_place(
+                lambda: half(x), PerturbedTensors.of(half), multiplier, cut, seeds, mu, two_sided=two_sided
+            )
             assert torch.equal(found, place)
 
 
@@ -326,7 +335,7 @@ def test_the_digits_half_has_one_such_layer():
 
 
 def test_nothing_to_narrow(folder, capsys):  # noqa: F811
-    with pytest.raises(ValueError, match="'int8' finds nothing to store so: every weight of the client half moves"):
+    with pytest.raises(ValueError, match="'int8' finds nothing to store: every weight of the client half is trainable"):
         train(config(folder, frozen="int8"))
     with pytest.raises(ValueError, match="finds nothing"):
         narrow_weights(nn.LSTM(3, 4).requires_grad_(False), "int8")

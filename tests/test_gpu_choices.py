@@ -81,7 +81,7 @@ def test_the_defaults() -> None:
     """Those that the budgets of test_gpu_compile.py are of."""
     for kernel, kind in KERNELS.values():
         assert kernel.default(kind) == DEFAULTS[kernel.name, kind.dist, kind.dtype.itemsize]
-        assert kernel.why_impossible(kind, kernel.default(kind)) is None
+        assert kernel.impossible_reason(kind, kernel.default(kind)) is None
 
 
 def test_the_total_size_of_a_dtype_decides(table: Any, launched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +116,7 @@ def test_every_op_takes_the_shape_that_is_named_for_it(table: Any, launched: Any
     for i, name in enumerate(names):
         kernel, kind = KERNELS[name]
         shapes[name] = Shape(2 ** (i % 3), *((256, 2), (256, 1), (1024, 4), (1024, 2))[i % 4])
-        if kernel.why_impossible(kind, shapes[name]):
+        if kernel.impossible_reason(kind, shapes[name]):
             shapes[name] = Shape(1, 256, 1)
         assert shapes[name] != kernel.default(kind)
     table(small=shapes)

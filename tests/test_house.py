@@ -66,7 +66,7 @@ def test_methods_and_tasks_know_nothing_of_each_other():
 
 def test_the_protocol_and_what_lies_below_it_import_no_torch():
     paths = [*(ROOT / "hosfl/protocol").glob("*.py"), *(ROOT / f"hosfl/{leaf}.py" for leaf in LEAVES)]
-    exports = "export.py", "original.py", "tracing.py", "backward.py", "by_batch.py"
+    exports = "export.py", "source.py", "tracing.py", "backward.py", "batch_statistics.py"
     paths += [path for path in (ROOT / "hosfl/edge").glob("*.py") if path.name not in exports]
     paths += (ROOT / "hosfl/engines").glob("*.py")
     paths += [ROOT / f"hosfl/tasks/{name}.py" for name in ("reading", "picture_files", "padding")]

@@ -15,7 +15,7 @@ from torch import nn
 from hosfl.methods.ho import power_of_two_scales
 from hosfl.methods.ledger import SeedReplay, has_void_rounds
 from hosfl.methods.steps import FreshStep, PoolStep
-from hosfl.probing.probe import Moved, probe_in_place, probe_untouched, trainable
+from hosfl.probing.probe import PerturbedTensors, probe_in_place, probe_untouched, trainable
 from hosfl.protocol import replica
 from hosfl.protocol.aggregate import AGGREGATIONS, RunningLength, clip_to_norm, to_lattice, trimmed_mean, weighted_mean
 from hosfl.protocol.header import LogError
@@ -829,7 +829,7 @@ def test_putting_on_a_lattice_is_what_snapping_did():
 def test_probing_with_factors_is_the_formula(in_place):
     made = small()
     half, run = copy.deepcopy(made.half), made.run
-    moved = Moved.of(half, run.factors)
+    moved = PerturbedTensors.of(half, run.factors)
     x, lam = torch.randn(6, 3), torch.randn(6, 2)
     with torch.no_grad():
         if in_place:

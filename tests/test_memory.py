@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.tables import RESULTS
 from hosfl.cli import main
-from hosfl.probing.probe import PART, inner
+from hosfl.probing.probe import CHUNK, inner
 from hosfl.runs import memory
 from hosfl.runs.memory import BOUND, BOUNDED, FEW_WEIGHTS_WAYS, HALVES, measure, over_bound, peak_growth, reference_way
 
@@ -49,7 +49,7 @@ def test_a_client_of_a_large_batch():
     assert found["first-order"]["peak_extra"] > 1.3 * inference
 
 
-@pytest.mark.parametrize("shape", [(3, 5), (1, 3 * PART), (5, PART // 2 + 1), (0, 4)])
+@pytest.mark.parametrize("shape", [(3, 5), (1, 3 * CHUNK), (5, CHUNK // 2 + 1), (0, 4)])
 def test_inner_in_parts_is_the_whole_product(shape):
     multiplier, output, other = (torch.randn(shape) for _ in range(3))
     whole = float(((output - other).double() * multiplier.double()).sum()) / 0.5

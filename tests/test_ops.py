@@ -632,7 +632,7 @@ def test_parameters_change_in_place():
         (lambda x: hk.AdamW(betas=0.9), ValueError, "betas must be two numbers, got 0.9"),
         (lambda x: hk.AdamW(betas=("a", 0.9)), TypeError, "betas\\[0\\] must be a number"),
         (lambda x: hk.AdamW(eps="1e-8"), TypeError, "eps must be a number"),
-        (lambda x: hk.SGD().steps(3, [0.1]), TypeError, "rounds must be a list, one of each round, got int"),
+        (lambda x: hk.SGD().steps(3, [0.1]), TypeError, "rounds must be a list, one for each round, got int"),
         (lambda x: hk.SGD().steps([0], ["a"]), TypeError, "rates\\[0\\] must be a number"),
         (lambda x: hk.noise(1, 1, dist="cauchy"), ValueError, "dist"),
         (lambda x: hk.derive(0, 2**64, 0), ValueError, "a must be"),

@@ -20,7 +20,7 @@ from torch.profiler import profile
 from hosfl.halves.inputs import evaluating
 from hosfl.probing import displaced
 from hosfl.probing.displaced import Displacement, evaluate_displaced, refuse_references
-from hosfl.probing.probe import Moved, probe_in_place, probe_untouched, trainable
+from hosfl.probing.probe import PerturbedTensors, probe_in_place, probe_untouched, trainable
 from hosfl_kernels import perturb_, snap_
 
 MU = 2.0**-8
@@ -297,7 +297,7 @@ def test_scalars_of_both_ways(name, dtype):
     module = First(module)
     parameters, streams = trainable(module)
     factors = [2.0 ** (t % 3) for t in range(len(parameters))]
-    moved = Moved(parameters, streams, factors)
+    moved = PerturbedTensors(parameters, streams, factors)
     if dtype is torch.float32:
         snap_([p.detach() for p in parameters], headroom=64.0)
     args, kwargs = arguments(inputs)
@@ -324,7 +324,7 @@ def test_rows_of_large_tables(name, monkeypatch):
     parameters, streams = trainable(module)
     snap_([p.detach() for p in parameters], headroom=64.0)
     factors = [2.0 ** (t % 3) for t in range(len(parameters))]
-    moved = Moved(parameters, streams, factors)
+    moved = PerturbedTensors(parameters, streams, factors)
     args, kwargs = arguments(inputs)
     with evaluating(module):
         cut = module(*args, **kwargs)
@@ -366,7 +366,7 @@ def test_no_directions():
     half, x, lam = nn.Linear(3, 2), torch.randn(1, 3), torch.ones(1, 2)
     assert probe_untouched(half, x, lam, lam, [], MU, "gaussian").shape == (0,)
     with evaluating(half):
-        assert probe_in_place(lambda: half(x), Moved.of(half), lam, lam, [], MU).shape == (0,)
+        assert probe_in_place(lambda: half(x), PerturbedTensors.of(half), lam, lam, [], MU).shape == (0,)
 
 
 def test_no_graph_is_recorded():
@@ -416,7 +416,7 @@ def test_forward_inside_autocast():
     x, lam = torch.randn(3, 16), torch.ones(3, 4)
     with evaluating(half), torch.autocast("cpu", torch.bfloat16):
         cut = half(x)
-        in_place = probe_in_place(lambda: half(x), Moved.of(half), lam, cut, [1, 2], 0.25)
+        in_place = probe_in_place(lambda: half(x), PerturbedTensors.of(half), lam, cut, [1, 2], 0.25)
         assert torch.equal(in_place, probe_untouched(half, x, lam, cut, [1, 2], 0.25, "rademacher"))
         assert in_place.abs().min() > 0
         assert torch.equal(half(x), cut)
@@ -519,7 +519,7 @@ def test_an_exception_in_the_model(error, after, way, dtype, monkeypatch):
     with evaluating(module), pytest.raises(error, match="out of luck"):
         if way in dict(IN_PLACE):
             by_row = module if way == "in place, by row" else None
-            probe_in_place(lambda: module(ids), Moved.of(module), lam, lam, [1, 2, 3, 4], MU, module=by_row)
+            probe_in_place(lambda: module(ids), PerturbedTensors.of(module), lam, lam, [1, 2, 3, 4], MU, module=by_row)
         else:
             probe_untouched(module, ids, lam, lam, [1, 2, 3, 4], MU, "gaussian")
     assert digest(module) == before
@@ -544,7 +544,7 @@ def test_interrupts_at_any_moment(way):
         with evaluating(module), pytest.raises(KeyboardInterrupt):
             timer.start()
             if way == "in place":
-                probe_in_place(lambda: module(x), Moved.of(module), lam, lam, seeds, MU)
+                probe_in_place(lambda: module(x), PerturbedTensors.of(module), lam, lam, seeds, MU)
             else:
                 probe_untouched(module, x, lam, lam, seeds, MU, "rademacher")
         timer.join()
@@ -560,7 +560,7 @@ def test_probing_in_another_thread():
 
     def work():
         with evaluating(module):
-            results.append(probe_in_place(lambda: module(x), Moved.of(module), lam, lam, [1], MU))
+            results.append(probe_in_place(lambda: module(x), PerturbedTensors.of(module), lam, lam, [1], MU))
 
     thread = threading.Thread(target=work)
     thread.start()

@@ -17,7 +17,7 @@ from hosfl.halves.split import SplitModel, split
 from hosfl.methods.client import Client
 from hosfl.methods.first_order import FirstOrderClient, GradientAverage
 from hosfl.methods.ho import ZerothOrderClient, make_run
-from hosfl.probing.probe import Moved, probe_in_place, probe_untouched, trainable
+from hosfl.probing.probe import PerturbedTensors, probe_in_place, probe_untouched, trainable
 from hosfl.protocol import replica
 from hosfl.protocol.endpoint import Endpoint
 from hosfl.protocol.lattice import Lattice, LatticeError
@@ -93,7 +93,7 @@ def test_the_estimate_is_the_gradient_on_average():
     inputs, lam = batch(0)[0], torch.randn(6, 2, generator=torch.Generator().manual_seed(3))
     seeds = list(range(4000))
     with torch.no_grad():
-        scalars = probe_in_place(lambda: half(inputs), Moved.of(half), lam, half(inputs), seeds, run.mu)
+        scalars = probe_in_place(lambda: half(inputs), PerturbedTensors.of(half), lam, half(inputs), seeds, run.mu)
     true = (lam.T @ inputs).double().numpy()
     estimates = np.stack([float(v) * spec.noise(6, s).reshape(2, 3) for v, s in zip(scalars, seeds, strict=True)])
     error = np.abs(estimates.mean(0) - true)
@@ -184,7 +184,7 @@ def test_probing_off_the_lattice_would_leave_traces_in_place():
     before = copy.deepcopy(half.state_dict())
     x = torch.randn(2, 300)
     with torch.no_grad():
-        probe_in_place(lambda: half(x), Moved.of(half), torch.ones(2, 20), half(x), [1, 2, 3], 1e-3)
+        probe_in_place(lambda: half(x), PerturbedTensors.of(half), torch.ones(2, 20), half(x), [1, 2, 3], 1e-3)
         assert (half.weight != before["weight"]).float().mean() > 0.02
         half.load_state_dict(before)
         probe_untouched(half, x, torch.ones(2, 20), half(x), [1, 2, 3], 1e-3, "rademacher")
@@ -211,7 +211,7 @@ def test_tied_and_frozen_parameters():
     x, lam = torch.randn(4, 3), torch.randn(4, 3)
     with torch.no_grad():
         cut = module(x)
-        in_place = probe_in_place(lambda: module(x), Moved.of(module), lam, cut, [1, 2], 2.0**-10)
+        in_place = probe_in_place(lambda: module(x), PerturbedTensors.of(module), lam, cut, [1, 2], 2.0**-10)
         untouched = probe_untouched(module, x, lam, cut, [1, 2], 2.0**-10, "rademacher")
     assert torch.equal(in_place, untouched)
 
@@ -608,7 +608,7 @@ def test_split_is_the_whole_model():
     for at in (0, 3):
         with pytest.raises(ValueError, match=r"cut points are 1 \(1\), 2 \(2\)"):
             split(model, at)
-    with pytest.raises(TypeError, match="cannot cut a Linear: nowhere"):
+    with pytest.raises(TypeError, match="cannot cut a Linear: there is no place"):
         split(nn.Linear(2, 2), 1)
 
 

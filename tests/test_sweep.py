@@ -141,7 +141,7 @@ def test_other_bits_are_a_failure_and_are_not_timed(name, tmp_path, monkeypatch)
     only(monkeypatch, name)
     kernel, kind = KERNELS[name]
     shapes = [kernel.default(kind), Shape(1, 256, 2), Shape(1, 128, 1)]
-    shapes[2] = shapes[2] if kernel.why_impossible(kind, shapes[2]) is None else Shape(1, 512, 4)
+    shapes[2] = shapes[2] if kernel.impossible_reason(kind, shapes[2]) is None else Shape(1, 512, 4)
     monkeypatch.setattr(sweep, "candidates", lambda *kernel: shapes)
     original = sweep.Prepared.__call__
 
@@ -246,5 +246,5 @@ def test_the_candidates():
         assert found[0] == default
         assert len({*found}) == len(found) == (12 if kernel.wide else 9)
         assert max(shape.blocks for shape in found) == default.blocks * (4 if kernel.wide else 2)
-        assert not [shape for shape in found if kernel.why_impossible(kind, shape)]
+        assert not [shape for shape in found if kernel.impossible_reason(kind, shape)]
         assert {shape.width // shape.num_warps for shape in found} == {default.width // default.num_warps}

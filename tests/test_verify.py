@@ -134,8 +134,8 @@ CASES = [(family, fault) for family in FAMILIES for fault in (*FAULTS, *(ON_TEXT
 @pytest.mark.families
 @pytest.mark.parametrize(("family", "fault"), CASES)
 def test_a_fault_is_found(family, fault, monkeypatch):
-    model, damage, cut = model_of(family), {**FAULTS, **ON_TEXT}[fault], SPLIT._halves
-    monkeypatch.setattr(SPLIT, "_halves", lambda *halves: damage(cut(*halves)))
+    model, damage, cut = model_of(family), {**FAULTS, **ON_TEXT}[fault], SPLIT._make_halves
+    monkeypatch.setattr(SPLIT, "_make_halves", lambda *halves: damage(cut(*halves)))
     with pytest.raises((CutError, ValueError), match=r"the halves are not|\(there is none\)"):
         split(model, 2)
     split(model, 2, verify=False)
@@ -353,8 +353,8 @@ def test_every_pass_has_an_example_of_its_own():
 
 
 def test_gradients_are_compared_also_where_they_are_off(monkeypatch):
-    model, cut = text_model("bert", "classifier"), SPLIT._halves
-    monkeypatch.setattr(SPLIT, "_halves", lambda *halves: FAULTS["no gradient for the client"](cut(*halves)))
+    model, cut = text_model("bert", "classifier"), SPLIT._make_halves
+    monkeypatch.setattr(SPLIT, "_make_halves", lambda *halves: FAULTS["no gradient for the client"](cut(*halves)))
     for off in (torch.no_grad, torch.inference_mode):
         with off(), pytest.raises(CutError, match=r"the gradient of bert\.\S+ is lost"):
             split(model, 1)

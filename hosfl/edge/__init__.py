@@ -1,1 +1,1 @@
-"""A client without torch: the client half as a graph, run by onnxruntime over weights in numpy's arrays."""
+"""A client without torch: onnxruntime runs the client half as a graph, with its weights in numpy arrays."""

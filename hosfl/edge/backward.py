@@ -1,6 +1,7 @@
-"""A client half's gradient as an ONNX graph: an inference runtime that runs it backpropagates. See `gradient.py`.
+"""Export of a client half's gradient as an ONNX graph, with which an inference runtime backpropagates.
 
-torch writes the half and its backward pass as one graph of plain operators. That way of torch's is not public yet.
+`gradient.py` runs the graph. torch exports the half and its backward pass as one graph of plain operators; its API for
+this is not public yet.
 """
 
 from __future__ import annotations
@@ -22,15 +23,16 @@ from torch.utils._pytree import tree_structure
 from hosfl.edge.gradient import BLOCK_INPUT, GRADIENT, GRADIENT_PREFIX, MULTIPLIER, Gradient
 from hosfl.edge.graph import externalize_weights, remove_unread_inputs, serialize_part
 from hosfl.edge.half import BASE
-from hosfl.edge.original import TOLERANCE, WHERE_MOVED, ExportError, Original, describe_batch, is_text, original
-from hosfl.edge.tracing import OnnxLookups, Positional, as_export_errors, silence_exporter
+from hosfl.edge.source import TOLERANCE, WHERE_MOVED, ExportError, ExportSource, describe_batch, export_source, is_text
+from hosfl.edge.tracing import OnnxEmbeddings, PositionalHalf, as_export_errors, silence_exporter
 from hosfl.halves.blocks import capture_entry_input
 from hosfl.halves.inputs import Inputs, call
 from hosfl.halves.narrow import narrow_bfloat16_as_floats
-from hosfl.probing.probe import Lookups
+from hosfl.probing.probe import EmbeddingGradients
 from hosfl.protocol.weights import Weights
 
-NEGLIGIBLE = 1e-3  # of the largest gradient: smaller ones may be rounding alone, such as that of a key's bias
+# Relative to the largest gradient: smaller ones, such as that of a key's bias, may be rounding errors alone.
+NEGLIGIBLE = 1e-3
 aten = torch.ops.aten
 
 
@@ -38,72 +40,72 @@ def export_gradient(
     half: nn.Module,
     sample: Inputs,
     entry: str = "",
-    most: tuple[int, int] = (0, 0),
+    max_sizes: tuple[int, int] = (0, 0),
     running: Collection[str] = (),
 ) -> bytes:
-    """d <multiplier, cut> / d weights of a client half as an ONNX model without weights: see `export_half`.
+    """Export d <multiplier, cut> / d weights of a client half as an ONNX model without weights.
 
-    entry: of the half's first block, with whose input the graph begins; "": with the half's own.
-    most, running: as there.
+    half, sample, max_sizes, running: as in `export_half`. entry: that of the half's first block, whose input is then an
+    input of the graph; "": the graph begins with the half's own inputs.
 
-    Its inputs are the multiplier and these, its outputs the gradients by the names of the weights that move. Those that
-    the cut does not depend on have none. The gradients are compared with torch's. Embeddings have that of `Lookups`.
+    The graph's inputs are the multiplier and those named above; its outputs are the gradients of the trainable weights,
+    by name. Weights that the cut does not depend on have no output. For embeddings see `EmbeddingGradients`. The
+    gradients are compared with torch's.
 
-    Raises ExportError as `export_half`, and where torch has no such graph.
+    Raises ExportError as `export_half`, and for a half whose backward pass torch cannot export.
     """
-    with original(half, sample) as of, Lookups():
-        model = _traced_backward(of, [entry] if entry else [])
-        graph = _gradients(model, *externalize_weights(model, of, True, running), bool(entry))
-        _compare(of, of.batches(most), entry, graph, running)
+    with export_source(half, sample) as source, EmbeddingGradients():
+        model = _trace_backward(source, [entry] if entry else [])
+        graph = _extract_gradients(model, *externalize_weights(model, source, True, running), bool(entry))
+        _compare(source, source.batches(max_sizes), entry, graph, running)
     return graph
 
 
-class _InnerProduct(Positional):
-    """<multiplier, cut>, whose gradient it is, and what comes to the entries; the multiplier is the first argument."""
+class _InnerProduct(PositionalHalf):
+    """A module that takes the multiplier and the half's inputs, and makes <multiplier, cut> and the entries' inputs."""
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         multiplier, *inputs = tensors
-        cut, *reached = super().forward(*inputs)
-        return (cut * multiplier).sum(), *reached
+        cut, *entry_inputs = super().forward(*inputs)
+        return (cut * multiplier).sum(), *entry_inputs
 
 
-def _traced_backward(of: Original, entries: Sequence[str]) -> Any:
-    """The exporter's model of both passes, in onnxscript's representation.
+def _trace_backward(source: ExportSource, entries: Sequence[str]) -> Any:
+    """Export both passes, and return the model in onnxscript's representation.
 
     Its outputs are those of `_InnerProduct`, then the gradients.
     """
     from torch.export.experimental import _export_forward_backward
 
-    inputs = of.traced()
-    cut = of.cut(inputs)
+    inputs = source.trace_inputs()
+    cut = source.cut(inputs)
     auto = torch.export.Dim.AUTO
-    texts = {name for name, x in inputs.items() if of.any_length and is_text(name, x)}
-    sizes = tuple({0: auto, **({1: auto} if name in texts else {})} for name in inputs)
-    of_cut = {0: auto, **({1: auto} if texts else {})}
-    product = _InnerProduct(of, entries)
-    # Attention as products and a softmax, whose derivatives are such too.
+    texts = {name for name, x in inputs.items() if source.any_length and is_text(name, x)}
+    input_sizes = tuple({0: auto, **({1: auto} if name in texts else {})} for name in inputs)
+    cut_sizes = {0: auto, **({1: auto} if texts else {})}
+    product = _InnerProduct(source, entries)
     with (
-        as_export_errors(of.half, ", or take an estimator without a gradient, such as one-sided"),
+        as_export_errors(source.half, ", or take an estimator without a gradient, such as one-sided"),
         silence_exporter(),
         torch.enable_grad(),
-        sdpa_kernel(SDPBackend.MATH),
-        _without_unread_weights(of.half, of.sample),
-        narrow_bfloat16_as_floats(of.half),
-        OnnxLookups(),
+        sdpa_kernel(SDPBackend.MATH),  # attention as matrix products and a softmax, whose derivatives ONNX has
+        _unused_weights_frozen(source.half, source.sample),
+        narrow_bfloat16_as_floats(source.half),
+        OnnxEmbeddings(),
         _PadAsConcat(),
     ):
-        given = (torch.ones_like(cut), *inputs.values())
-        forward = torch.export.export(product, given, dynamic_shapes=((of_cut, *sizes),))
+        arguments = (torch.ones_like(cut), *inputs.values())
+        forward = torch.export.export(product, arguments, dynamic_shapes=((cut_sizes, *input_sizes),))
         _remove_tied_names(forward)
-        both = _export_forward_backward(forward)
-        outputs, first = both.graph_signature.output_specs, _first_names(product)
+        passes = _export_forward_backward(forward)
+        outputs, first = passes.graph_signature.output_specs, _first_names(product)
         names = [first.get(str(output.target)) for output in outputs]
         for output in outputs:
-            output.kind = OutputKind.USER_OUTPUT  # of others the exporter leaves no trace
-        both.module_call_graph[0].signature.out_spec = tree_structure(tuple(range(len(outputs))))
-        both = both.run_decompositions(DECOMPOSITIONS)
+            output.kind = OutputKind.USER_OUTPUT  # the exporter drops outputs of any other kind
+        passes.module_call_graph[0].signature.out_spec = tree_structure(tuple(range(len(outputs))))
+        passes = passes.run_decompositions(DECOMPOSITIONS)
         program = torch.onnx.export(
-            both,
+            passes,
             dynamo=True,
             optimize=False,
             verbose=False,
@@ -115,33 +117,39 @@ def _traced_backward(of: Original, entries: Sequence[str]) -> Any:
 
 
 class _PadAsConcat(TorchFunctionMode):
-    """Padding with a number as a concatenation: torch cannot write the backward pass of its own where the number of
-    samples is open, as in a ResNet's shortcuts."""
+    """Mode in which padding with a constant is a concatenation.
+
+    torch cannot export the backward pass of `pad` for a batch of any size, as in a ResNet's shortcuts.
+    """
 
     def __torch_function__(
         self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        told = kwargs or {}
+        kwargs = kwargs or {}
         if function is nn.functional.pad:
-            found = _PAD.bind(*args, **told).arguments
-            if found.get("mode", "constant") == "constant" and min(found["pad"]) >= 0:
-                return _pad(found["input"], found["pad"], found.get("value") or 0.0)
-        return function(*args, **told)
+            bound = _PAD.bind(*args, **kwargs).arguments
+            if bound.get("mode", "constant") == "constant" and min(bound["pad"]) >= 0:
+                return _pad(bound["input"], bound["pad"], bound.get("value") or 0.0)
+        return function(*args, **kwargs)
 
 
 _PAD = signature(nn.functional.pad)
 
 
 def _pad(x: Tensor, pad: Sequence[int], value: float) -> Tensor:
+    """`nn.functional.pad` with a constant, by concatenation."""
     for n, (before, after) in enumerate(zip(pad[::2], pad[1::2], strict=True), 1):
-        beside = [[*x.shape[: x.dim() - n], size, *x.shape[x.dim() - n + 1 :]] for size in (before, after)]
+        shapes = [[*x.shape[: x.dim() - n], size, *x.shape[x.dim() - n + 1 :]] for size in (before, after)]
         if before or after:
-            x = torch.cat([x.new_full(beside[0], value), x, x.new_full(beside[1], value)], -n)
+            x = torch.cat([x.new_full(shapes[0], value), x, x.new_full(shapes[1], value)], -n)
     return x
 
 
 def _remove_tied_names(forward: torch.export.ExportedProgram) -> None:
-    """Of a weight that has several names a program uses one, and torch makes no gradient of the others."""
+    """Remove from a program the parameters that it does not read: further names of tied weights.
+
+    A program reads a tied weight by one of its names only, and torch makes no gradient for the others.
+    """
     specs = forward.graph_signature.input_specs
     inputs = [node for node in forward.graph.nodes if node.op == "placeholder"]
     for spec, node in zip(list(specs), inputs, strict=True):
@@ -152,39 +160,42 @@ def _remove_tied_names(forward: torch.export.ExportedProgram) -> None:
 
 
 def _first_names(module: nn.Module) -> dict[str, str]:
-    """Of each parameter's name the first of all that it has, by which a log knows it."""
+    """Map each name of a parameter to the first of its names, which is the one in a log."""
     first: dict[int, str] = {}
     return {name: first.setdefault(id(p), name) for name, p in module.named_parameters(remove_duplicate=False)}
 
 
-def _gradients(model: Any, moving: Mapping[str, Any], fixed: Mapping[str, Any], begins: bool) -> bytes:
-    """The model from its inputs, or from the block's where it begins with one, to the gradients."""
+def _extract_gradients(model: Any, moving: Mapping[str, Any], fixed: Mapping[str, Any], from_block: bool) -> bytes:
+    """Serialise the part of the model that computes the gradients.
+
+    from_block: whether it begins with a block's input, which is the model's second output.
+    """
     from onnxscript import ir
 
-    graph, begin = model.graph, []
-    given, (_, *outputs) = list(graph.inputs), graph.outputs
-    if begins:
-        begin = [outputs.pop(0)]
-    piece = ir.convenience.extract(graph, [*begin, *given], outputs)
-    if begins:
+    graph, block_input = model.graph, []
+    inputs, (_, *outputs) = list(graph.inputs), graph.outputs
+    if from_block:
+        block_input = [outputs.pop(0)]
+    piece = ir.convenience.extract(graph, [*block_input, *inputs], outputs)
+    if from_block:
         piece.inputs[0].name = BLOCK_INPUT
         remove_unread_inputs(piece)
     return serialize_part(model, piece, moving, fixed)
 
 
 @contextmanager
-def _without_unread_weights(half: nn.Module, sample: Inputs) -> Iterator[None]:
-    """Without the weights that the cut does not depend on, of which torch makes no graph."""
+def _unused_weights_frozen(half: nn.Module, sample: Inputs) -> Iterator[None]:
+    """Context manager: freeze the weights that the cut does not depend on, for which torch exports no gradient."""
     weights = [p for p in half.parameters() if p.requires_grad]
     cut = call(half, sample)
-    found = torch.autograd.grad(cut, weights, torch.ones_like(cut), allow_unused=True)
-    unread = [p for p, gradient in zip(weights, found, strict=True) if gradient is None]
+    gradients = torch.autograd.grad(cut, weights, torch.ones_like(cut), allow_unused=True)
+    unused = [p for p, gradient in zip(weights, gradients, strict=True) if gradient is None]
     try:
-        for p in unread:
+        for p in unused:
             p.requires_grad_(False)
         yield
     finally:
-        for p in unread:
+        for p in unused:
             p.requires_grad_(True)
 
 
@@ -199,43 +210,48 @@ def _convolution_backward(
     transposed: bool,
     output_padding: Sequence[int],
     groups: int,
-    wanted: Sequence[bool],
+    output_mask: Sequence[bool],
 ) -> Any:
-    """The backward pass of a convolution as convolutions, which ONNX has: by input, weight and bias.
+    """The backward pass of a convolution as convolutions, which ONNX has.
 
-    By the weight it is the convolution of the inputs, samples in the place of channels, with the gradient.
+    Returns (input's gradient, weight's, bias's), with None for those that `output_mask` does not
+    select. The weight's gradient is the convolution of the inputs, with samples and channels exchanged, with the
+    output's gradient.
     """
     if transposed:
         return NotImplemented
     dims = range(2, x.dim())
-    stride, padding, dilation = (  # one number is that of every dimension
+    stride, padding, dilation = (  # a single number holds for every dimension
         [*sizes] * (len(dims) // len(sizes)) for sizes in (stride, padding, dilation)
     )
-    by_input = by_weight = by_bias = None
-    if wanted[0]:
-        reached = [(gradient.shape[d] - 1) * stride[d - 2] + dilation[d - 2] * (weight.shape[d] - 1) + 1 for d in dims]
-        missed = [x.shape[d] + 2 * padding[d - 2] - size for d, size in zip(dims, reached, strict=True)]
-        by_input = aten.convolution(gradient, weight, None, stride, padding, dilation, True, missed, groups)
-    if wanted[1]:
+    input_gradient = weight_gradient = bias_gradient = None
+    if output_mask[0]:
+        covered = [(gradient.shape[d] - 1) * stride[d - 2] + dilation[d - 2] * (weight.shape[d] - 1) + 1 for d in dims]
+        uncovered = [x.shape[d] + 2 * padding[d - 2] - size for d, size in zip(dims, covered, strict=True)]
+        input_gradient = aten.convolution(gradient, weight, None, stride, padding, dilation, True, uncovered, groups)
+    if output_mask[1]:
         samples, channels, rest = x.shape[0], x.shape[1] // groups, x.shape[2:]
-        turned = x.reshape(samples, groups, channels, *rest).transpose(0, 2).reshape(channels, groups * samples, *rest)
-        kernel, none = gradient.transpose(0, 1), [0] * len(rest)
-        by_weight = aten.convolution(turned, kernel, None, dilation, padding, stride, False, none, groups)
+        exchanged = x.reshape(samples, groups, channels, *rest).transpose(0, 2)
+        exchanged = exchanged.reshape(channels, groups * samples, *rest)
+        kernel, zeros = gradient.transpose(0, 1), [0] * len(rest)
+        weight_gradient = aten.convolution(exchanged, kernel, None, dilation, padding, stride, False, zeros, groups)
         for d in dims:
-            by_weight = by_weight.narrow(d, 0, weight.shape[d])
-        by_weight = by_weight.transpose(0, 1)
-    if wanted[2]:
-        by_bias = gradient.sum([0, *dims])
-    return by_input, by_weight, by_bias
+            weight_gradient = weight_gradient.narrow(d, 0, weight.shape[d])
+        weight_gradient = weight_gradient.transpose(0, 1)
+    if output_mask[2]:
+        bias_gradient = gradient.sum([0, *dims])
+    return input_gradient, weight_gradient, bias_gradient
 
 
 def _index_put_as_scatter(
     table: Tensor, indices: Sequence[Tensor | None], rows: Tensor, accumulate: bool = False
 ) -> Any:
-    """Rows added to a table's, as in the backward pass of an embedding. Where several meet in one, ONNX adds them only
-    if it scatters them."""
-    (index, *others) = indices
-    if not accumulate or others or index is None or table.dim() != 2:
+    """`index_put` that adds rows to a table's rows, as in an embedding's backward pass, as `scatter_add`.
+
+    Rows with the same index have to be summed, and ONNX does so only in a scatter.
+    """
+    (index, *more_indices) = indices
+    if not accumulate or more_indices or index is None or table.dim() != 2:
         return NotImplemented
     rows = rows.reshape(-1, table.shape[1])
     return table.scatter_add(0, index.reshape(-1, 1).expand(-1, table.shape[1]), rows)
@@ -251,18 +267,18 @@ def _avg_pool_backward(
     count_include_pad: bool,
     divisor: int | None,
 ) -> Any:
-    """The backward pass of averages over windows: the transpose of a convolution with equal weights."""
+    """The backward pass of `avg_pool2d`: that of a convolution with equal weights."""
     if ceil_mode or (any(padding) and not count_include_pad):
         return NotImplemented
     channels, stride = x.shape[1], stride or size
     weight = torch.full((channels, 1, *size), 1 / (divisor or math.prod(size)))
-    wanted = [True, False, False]
+    output_mask = [True, False, False]
     return _convolution_backward(
-        gradient, x, weight, None, stride, padding, [1] * len(size), False, [0] * len(size), channels, wanted
+        gradient, x, weight, None, stride, padding, [1] * len(size), False, [0] * len(size), channels, output_mask
     )[0]
 
 
-# What ONNX, or the exporter, has no operator for.
+# Decompositions of operators that ONNX or the exporter lacks.
 DECOMPOSITIONS: dict[Any, Any] = {
     aten.convolution_backward.default: _convolution_backward,
     aten.avg_pool2d_backward.default: _avg_pool_backward,
@@ -272,39 +288,39 @@ DECOMPOSITIONS: dict[Any, Any] = {
 
 
 def _compare(
-    of: Original, batches: Sequence[Mapping[str, Tensor]], entry: str, graph: bytes, running: Collection[str]
+    source: ExportSource, batches: Sequence[Mapping[str, Tensor]], entry: str, graph: bytes, running: Collection[str]
 ) -> None:
-    """Raises ExportError where onnxruntime makes other gradients than torch."""
-    with of.graph_folder(f"the gradient's graph of the {of.kind}", {GRADIENT: graph}) as folder:
-        stored, moving = Weights(folder / BASE), of.moving
-        arrays = [[stored[name] for name in own] for own in (moving, running)]
-        run = Gradient(folder, list(moving), arrays[0], running=list(running), statistics=arrays[1])
+    """Raise ExportError where onnxruntime computes other gradients than torch."""
+    with source.graph_folder(f"the gradient's graph of the {source.kind}", {GRADIENT: graph}) as folder:
+        stored, moving = Weights(folder / BASE), source.moving
+        weights, statistics = ([stored[name] for name in names] for names in (moving, running))
+        run = Gradient(folder, list(moving), weights, running=list(running), statistics=statistics)
 
         def compare(inputs: Mapping[str, Tensor], where: str = "") -> tuple[Any, Any, Any]:
-            """What was given to the graph."""
-            reached: list[Tensor] = []
-            with torch.enable_grad(), capture_entry_input(of.half, entry, reached.append):
-                cut = of.cut(inputs)
+            """Compare on one batch, and return the arguments with which the graph was run."""
+            entry_inputs: list[Tensor] = []
+            with torch.enable_grad(), capture_entry_input(source.half, entry, entry_inputs.append):
+                cut = source.cut(inputs)
                 multiplier = torch.randn(cut.shape, generator=torch.Generator().manual_seed(len(cut)))
-                wanted = torch.autograd.grad(cut, list(moving.values()), multiplier, allow_unused=True)
-            arrays, given = {name: x.numpy() for name, x in inputs.items()}, multiplier.numpy()
-            between = reached[0].numpy() if reached else None
-            found = run(arrays, given, between)
-            theirs = [np.zeros_like(f) if w is None else w.numpy() for f, w in zip(found, wanted, strict=True)]
-            if not all(np.isfinite(gradient).all() for gradient in theirs):  # see `hosfl.edge.export._difference`
-                return arrays, given, between
-            least = NEGLIGIBLE * max(np.abs(gradient).max(initial=0) for gradient in theirs)
-            for name, one, other in zip(moving, found, theirs, strict=True):
-                apart, largest = np.abs(one - other).max(initial=0), np.abs(other).max(initial=0)
-                if not apart <= TOLERANCE * max(largest, least):
+                gradients = torch.autograd.grad(cut, list(moving.values()), multiplier, allow_unused=True)
+            hidden = entry_inputs[0].numpy() if entry_inputs else None
+            arguments = {name: x.numpy() for name, x in inputs.items()}, multiplier.numpy(), hidden
+            actual = run(*arguments)
+            expected = [np.zeros_like(a) if g is None else g.numpy() for a, g in zip(actual, gradients, strict=True)]
+            if not all(np.isfinite(gradient).all() for gradient in expected):  # see `hosfl.edge.export._difference`
+                return arguments
+            least = NEGLIGIBLE * max(np.abs(gradient).max(initial=0) for gradient in expected)
+            for name, a, e in zip(moving, actual, expected, strict=True):
+                distance, largest = np.abs(a - e).max(initial=0), np.abs(e).max(initial=0)
+                if not distance <= TOLERANCE * max(largest, least):
                     raise ExportError(
-                        f"the graph's gradient of {name} is not torch's{where}: of {describe_batch(inputs)} numbers"
-                        f" differ by {apart:.3g}, and the largest is {largest:.3g}"
+                        f"the graph's gradient of {name} is not torch's{where}: for {describe_batch(inputs)}, numbers"
+                        f" differ by {distance:.3g}, and the largest is {largest:.3g}"
                     )
-            return arrays, given, between
+            return arguments
 
         for inputs in batches:
-            given = compare(inputs)
-        run.check(*given)
-        with of.moved_weights(run.tensors):
+            arguments = compare(inputs)
+        run.check(*arguments)
+        with source.shifted_weights(run.tensors):
             compare(batches[0], WHERE_MOVED)

@@ -1,6 +1,6 @@
 """HO-SFL's client on an inference runtime, without torch.
 
-Its weights have the same bits as every other client's, since the same kernels move them. Its measurements differ in the
+The same kernels move its weights as at every other client, so they have the same bits. Its measurements differ in the
 last digits, as they do between any two machines.
 """
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from hosfl.edge.data import MASK, Samples
 from hosfl.edge.gradient import Gradient
 from hosfl.edge.half import Half
-from hosfl.edge.running import StatisticsEstimator
+from hosfl.edge.running_statistics import StatisticsEstimator
 from hosfl.edge.travel import packed, unpacked
 from hosfl.interrupts import uninterrupted
 from hosfl.protocol.arrays import Array
@@ -37,24 +37,24 @@ from hosfl.protocol.replica import Replica, ReplicaState, digest
 from hosfl.protocol.terms import Run
 from hosfl_kernels import perturb_, project, replay_
 
-CHUNK = 1 << 16  # elements of the cut that are in float64 at a time
+CHUNK = 1 << 16  # elements of the cut that are converted to float64 at a time
 
 
 class EdgeClient:
-    """A client of a run of method ho that measures differences or, with a graph of its gradient, backpropagates.
+    """A client of a run of method ho. It measures differences or, with a graph of its gradient, backpropagates.
 
-    `hosfl.protocol.endpoint.ClientProtocol` says what its methods do.
+    It implements `hosfl.protocol.endpoint.ClientProtocol`, which describes the methods.
 
     Args:
-        number: of the client.
+        number: the client's number.
         half: the client half. Its last pieces are the run's blocks; there may be another piece before the first block.
         run: the terms of the run.
-        streams: of the noise of its trainable tensors, as in the log's header.
-        batches: round -> samples.
-        weights: returns all arrays in the half's digest, in their order.
-        wire: dtype of cuts and multipliers on the wire.
+        streams: the noise streams of the trainable tensors, as in the log's header.
+        batches: returns the samples of a round.
+        weights: returns all arrays in the half's digest, in order.
+        wire: the dtype of cuts and multipliers on the wire.
         gradient: computes the gradient, for the estimator "backward".
-        microbatch: samples that it takes together; 0: all.
+        microbatch: the samples of one pass of `gradient`; 0: all.
         running: the half's running statistics, in a run that estimates them.
     """
 
@@ -79,13 +79,16 @@ class EdgeClient:
 
     @property
     def applied(self) -> int:
+        """The number of rounds in its half."""
         return self.replica.applied
 
     @property
     def epoch(self) -> int:
+        """How often the server had been restarted when these rounds were committed."""
         return self.replica.epoch
 
     def decoded(self, data: bytes) -> Message:
+        """Decode a message from the server. Raises MessageError."""
         return decode(data)
 
     def request_statistics(self) -> Statistics:
@@ -93,14 +96,14 @@ class EdgeClient:
         return self._statistics(np.empty(0, np.float32), np.empty(0, np.int32))
 
     def statistics(self, message: Calibration) -> Statistics:
-        """Its own running statistics: see `hosfl.methods.client.Client.statistics`."""
+        """Estimate its own running statistics: see `hosfl.methods.client.Client.statistics`."""
         running = self._check_calibration(message)
         if len(message.statistics):
             raise MessageError(f"{len(message.statistics)} statistics in an ask for some")
         if self.applied:
             raise MessageError(f"asked for statistics of round 0 after {self.applied} rounds, of this run or another")
         self.calibrated = False
-        values, samples = running.estimated()
+        values, samples = running.estimate()
         return self._statistics(values, np.array([samples], np.int32))
 
     def calibrate(self, message: Message) -> None:
@@ -114,6 +117,7 @@ class EdgeClient:
         self.calibrated = True
 
     def _check_calibration(self, message: Calibration) -> StatisticsEstimator:
+        """Return the estimator. Raises MessageError if the run has none, or for another client's message."""
         if self.running is None:
             raise MessageError("running statistics in a run that estimates none")
         if message.client != self.number:
@@ -121,24 +125,29 @@ class EdgeClient:
         return self.running
 
     def _statistics(self, values: NDArray[np.float32], samples: NDArray[np.int32]) -> Statistics:
+        """Make a message with statistics and the number of samples that they are of."""
         return Statistics(client=self.number, round=0, epoch=self.epoch, statistics=values, samples=samples)
 
     def hello(self) -> Hello:
+        """The message that says which rounds it has applied."""
         return Hello(client=self.number, round=self.applied, epoch=self.epoch)
 
     def reset(self) -> None:
+        """Start again from the base weights."""
         self.replica.reset()
 
     def load(self, state: ReplicaState) -> None:
+        """Load a saved state of the replica."""
         self.replica.load(state)
 
     def catch_up(self, message: Message) -> Differs | None:
+        """Apply records or pool moves. Returns `Differs` if the half turns out to be wrong: see `Replica.follow`."""
         if not isinstance(message, (Records, PoolMoves)):
             raise MessageError(f"client {self.number} expects records, got {type(message).__name__}")
         return self.replica.follow(message, self.number)
 
     def output(self, round: int) -> Cut:
-        """The cut of the round's batch."""
+        """Compute the cut of the round's batch, and return the message that carries it."""
         self._round = round
         self._batch = batch = self.batches(round)
         self._cut = self.half(batch.inputs)
@@ -148,7 +157,7 @@ class EdgeClient:
         return Cut(client=self.number, round=round, epoch=self.epoch, cut=cut, scales=scales, labels=labels, **masks)
 
     def answer(self, message: Message) -> Scalars:
-        """Measure along the round's directions. The weights have the same bits afterwards."""
+        """Measure the derivatives along the round's directions. The weights have the same bits afterwards."""
         multiplier = self._multiplier(message)
         seeds, scalars = self.run.seeds(self._round), np.zeros(self.run.directions, np.float32)
         parts = list(self.run.parts())
@@ -158,11 +167,12 @@ class EdgeClient:
         else:
             gradients = self._gradients(self.gradient, self.half.pieces - len(parts), multiplier)
             for block, positions in parts:
-                some, place = [gradients[t] for t in block.tensors], _noise_arguments(self.replica, block.tensors)
-                scalars[positions] = project(some, seeds[positions], **place)
+                noise = _noise_arguments(self.replica, block.tensors)
+                scalars[positions] = project([gradients[t] for t in block.tensors], seeds[positions], **noise)
         return Scalars(client=self.number, round=self._round, epoch=self.epoch, scalars=scalars)
 
     def _multiplier(self, message: Message) -> NDArray[np.float32]:
+        """Unpack the message's multiplier. Raises MessageError unless it is finite and of the cut's shape."""
         message = multiplier_of(message, self.number, self._round, self.epoch)
         multiplier = unpacked(message.multiplier, message.scales, self.wire)
         if multiplier.shape != self._cut.shape:
@@ -172,86 +182,93 @@ class EdgeClient:
         return multiplier
 
     def _gradients(self, gradient: Gradient, piece: int, multiplier: NDArray[np.float32]) -> list[NDArray[np.float32]]:
-        """The gradient of <multiplier, cut>, a few samples at a time; the passes begin at the first block."""
-        at_once, between = self.microbatch or len(multiplier), self.half.input_of(piece, self._batch.inputs)
-        found = [np.zeros(tensor.shape, np.float32) for tensor in self.replica.tensors]
-        for at in range(0, len(multiplier), at_once):
-            some = slice(at, at + at_once)
-            parts = gradient(self._batch[some].inputs, multiplier[some], None if between is None else between[some])
-            for total, part in zip(found, parts, strict=True):
+        """Compute the gradient of <multiplier, cut>, one microbatch after the other.
+
+        piece: the first block's piece, where the passes begin.
+        """
+        size, hidden = self.microbatch or len(multiplier), self.half.piece_input(piece, self._batch.inputs)
+        totals = [np.zeros(tensor.shape, np.float32) for tensor in self.replica.tensors]
+        for begin in range(0, len(multiplier), size):
+            rows = slice(begin, begin + size)
+            gradients = gradient(self._batch[rows].inputs, multiplier[rows], None if hidden is None else hidden[rows])
+            for total, part in zip(totals, gradients, strict=True):
                 total += part
-        return found
+        return totals
 
     def _probe(
         self, piece: int, block: Sequence[int], multiplier: NDArray[np.float32], seeds: Sequence[int]
     ) -> list[float]:
-        """The derivatives along directions that move the tensors of one block, by passes from its piece on."""
-        forward = self.half.at(piece, self._batch.inputs)
-        probe, mu, scalars = _Perturbation(self.replica, block), self.replica.mu, []
+        """Measure the derivatives along directions that move the tensors of one block.
+
+        piece: the block's, where the passes begin. block: positions of its tensors. seeds: one per direction.
+        """
+        forward = self.half.forward_from(piece, self._batch.inputs)
+        perturbation, mu, scalars = _Perturbation(self.replica, block), self.replica.mu, []
         try:
             for seed in seeds:
-                probe.move(seed, mu)
+                perturbation.move(seed, mu)
                 ahead, behind, distance = forward(), self._cut, mu
                 if self.run.estimator == "two-sided":
-                    probe.move(seed, -mu)
+                    perturbation.move(seed, -mu)
                     behind, distance = forward(), 2 * mu
                 scalars.append(inner(multiplier, ahead, behind) / distance)
                 del ahead, behind  # frees them before the next pass
         finally:
-            probe.restore()
+            perturbation.restore()
         return scalars
 
     def digest(self) -> str:
-        """SHA-256 of the half, as of every client's."""
+        """SHA-256 of all weights, in hexadecimal; the same at every client."""
         return digest(self.weights()).hex()
 
 
 def _noise_arguments(replica: Replica, block: Sequence[int]) -> dict[str, Any]:
-    """The arguments of the kernels for noise on a replica's tensors at these positions."""
+    """The keyword arguments of the kernels for noise on a replica's tensors at these positions."""
     factors, streams = [replica.run.factors[t] for t in block], [replica.streams[t] for t in block]
     return {"dist": replica.run.dist, "factors": factors, "streams": streams}
 
 
 class _Perturbation:
-    """Some of a replica's tensors, at th + step * u(seed) after `move` and at th after `restore`.
+    """Moves some of a replica's tensors: to th + step * u(seed) by `move`, back to th by `restore`.
 
-    On the lattice they move there and back exactly, in one pass from one place to the next. Elsewhere every move
-    rounds, and copies of the tensors keep th meanwhile.
+    On the lattice moves are exact, and one pass goes from one point to the next. Off the lattice every move rounds, so
+    th is kept in copies of the tensors.
     """
 
     def __init__(self, replica: Replica, block: Sequence[int]) -> None:
         self.tensors = [replica.tensors[t] for t in block]
-        self.place = _noise_arguments(replica, block)
-        self.kept = None if replica.lattice is not None else [np.copy(t) for t in self.tensors]
-        self.applied: list[tuple[int, float]] = []  # (seed, step) where the weights are now; empty at th
+        self.noise = _noise_arguments(replica, block)
+        self.saved = None if replica.lattice is not None else [np.copy(t) for t in self.tensors]
+        self.applied: list[tuple[int, float]] = []  # the (seed, step) of the current point; empty at th
 
     def move(self, seed: int, step: float) -> None:
-        if self.kept is None:
+        """Move to th + step * u(seed), from wherever the tensors are."""
+        if self.saved is None:
             self._replay([(seed, step)])
         else:
             self.restore()
-            perturb_(self.tensors, seed, step, **self.place)
+            perturb_(self.tensors, seed, step, **self.noise)
 
     def restore(self) -> None:
-        if self.kept is None:
+        """Move back to th."""
+        if self.saved is None:
             self._replay([])
             return
         with uninterrupted():
-            for tensor, kept in zip(self.tensors, self.kept, strict=True):
-                tensor[...] = kept
+            for tensor, saved in zip(self.tensors, self.saved, strict=True):
+                tensor[...] = saved
 
-    def _replay(self, to: list[tuple[int, float]]) -> None:
-        seeds = [seed for seed, _ in self.applied + to]
-        steps = [-step for _, step in self.applied] + [step for _, step in to]
+    def _replay(self, target: list[tuple[int, float]]) -> None:
+        """Undo the applied move and make the target's, in one pass."""
+        seeds = [seed for seed, _ in self.applied + target]
+        steps = [-step for _, step in self.applied] + [step for _, step in target]
         with uninterrupted():
-            replay_(self.tensors, seeds, steps, **self.place)
-            self.applied = to
+            replay_(self.tensors, seeds, steps, **self.noise)
+            self.applied = target
 
 
 def inner(multiplier: NDArray[np.float32], output: NDArray[np.float32], other: NDArray[np.float32]) -> float:
     """<multiplier, output - other>, summed in float64, a few samples at a time: see `hosfl.probing.probe.inner`."""
-    at_once = max(1, CHUNK * len(output) // max(1, output.size))
-    return sum(
-        float(((output[at : at + at_once] - other[at : at + at_once]).astype(np.float64) * m).sum())
-        for at, m in ((at, multiplier[at : at + at_once]) for at in range(0, len(output), at_once))
-    )
+    size = max(1, CHUNK * len(output) // max(1, output.size))
+    rows = (slice(begin, begin + size) for begin in range(0, len(output), size))
+    return sum(float(((output[some] - other[some]).astype(np.float64) * multiplier[some]).sum()) for some in rows)

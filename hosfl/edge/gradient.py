@@ -1,6 +1,6 @@
-"""Backpropagation under onnxruntime: the half's gradient is a graph like the half itself, and needs no torch.
+"""Backpropagation without torch: the half's gradient is an ONNX graph that onnxruntime runs.
 
-gradient.onnx       as `hosfl.edge.backward` makes it, without weights
+gradient.onnx       the graph that `hosfl.edge.backward` exports, without weights
 base.safetensors    the weights of round 0
 """
 
@@ -25,15 +25,25 @@ from hosfl.edge.half import (
 )
 
 GRADIENT = "gradient.onnx"
-# Names in the graph, which no argument of a half has.
+# Names of the graph's own inputs and outputs. The blanks keep them apart from the half's arguments.
 MULTIPLIER, BLOCK_INPUT, GRADIENT_PREFIX = "the multiplier", "what lies between", "gradient of "
 
 
 class Gradient:
-    """d <multiplier, cut> / d weights, of the weights that move: of arrays that others hold, and move in place.
+    """A session that computes d <multiplier, cut> / d weights, for the trainable weights.
 
-    folder: holds gradient.onnx and base.safetensors. moving: the weights' names; tensors: their arrays.
-    threads: see `Half`. running, statistics: names and arrays of running statistics, likewise. Raises HalfError.
+    It reads the weights from arrays of its caller, who changes them in place.
+
+    Args:
+        folder: holds gradient.onnx and base.safetensors.
+        moving: the trainable weights' names.
+        tensors: their arrays.
+        threads: see `Half`.
+        running: names of running statistics.
+        statistics: their arrays.
+
+    Raises:
+        HalfError: onnxruntime cannot open the graph, or the files are of two halves.
     """
 
     def __init__(
@@ -52,35 +62,39 @@ class Gradient:
         self._open()
 
     def _open(self) -> None:
-        self._session: Any = None  # never two at once
+        """Open the session again, after closing the one that is open."""
+        self._session: Any = None  # frees the old session first: two at once would take twice the memory
         self._session = open_session(
             self._folder / GRADIENT, self._folder / BASE, self._names, self._values, self._threads
         )
 
     def __call__(
-        self, inputs: Arrays, multiplier: NDArray[np.float32], between: NDArray[np.float32] | None = None
+        self, inputs: Arrays, multiplier: NDArray[np.float32], hidden: NDArray[np.float32] | None = None
     ) -> list[NDArray[np.float32]]:
-        """A gradient for each of the tensors; zeros for those that the cut does not depend on.
+        """Return a gradient for each of the tensors; zeros for those that the cut does not depend on.
 
-        between: what the half's first block begins with, see `Half.input_of`; None: with the inputs. Raises HalfError.
+        hidden: the input of the half's first block, see `Half.piece_input`; None for a graph that begins with the
+        half's own inputs. Raises HalfError.
         """
         named = dict(inputs) if isinstance(inputs, Mapping) else {"input": inputs}
-        named |= {MULTIPLIER: multiplier} | ({} if between is None else {BLOCK_INPUT: between})
-        takes = [entry.name for entry in self._session.get_inputs()]
-        if between is not None:  # a block takes those of the half's own inputs that it needs
-            named = {name: value for name, value in named.items() if name in takes}
+        named |= {MULTIPLIER: multiplier} | ({} if hidden is None else {BLOCK_INPUT: hidden})
+        expected = [argument.name for argument in self._session.get_inputs()]
+        if hidden is not None:  # a graph that begins with a block takes only some of the half's inputs
+            named = {name: value for name, value in named.items() if name in expected}
         try:
-            made = self._session.run(None, named)
+            values = self._session.run(None, named)
         except Exception as error:  # onnxruntime's errors have no class in common
             raise HalfError(
                 f"the half's gradient does not take these inputs: {error}{negative_input_hint(named)}"
             ) from error
         outputs = [output.name.removeprefix(GRADIENT_PREFIX + PREFIX) for output in self._session.get_outputs()]
-        found = dict(zip(outputs, made, strict=True))
-        each = zip(self.moving, self.tensors, strict=True)
-        return [found[n] if n in found else np.zeros(t.shape, np.float32) for n, t in each]
+        gradients = dict(zip(outputs, values, strict=True))
+        return [
+            gradients[name] if name in gradients else np.zeros(tensor.shape, np.float32)
+            for name, tensor in zip(self.moving, self.tensors, strict=True)
+        ]
 
-    def check(self, inputs: Arrays, multiplier: NDArray[np.float32], between: NDArray[np.float32] | None) -> None:
-        """As `Half.check`."""
+    def check(self, inputs: Arrays, multiplier: NDArray[np.float32], hidden: NDArray[np.float32] | None) -> None:
+        """Raise HalfError unless onnxruntime sees every change of the weights and statistics: see `Half.check`."""
         running = len(self._names) - len(self.moving)
-        check_updates_seen(self._names, self._changing, lambda: self(inputs, multiplier, between), self._open, running)
+        check_updates_seen(self._names, self._changing, lambda: self(inputs, multiplier, hidden), self._open, running)

@@ -1,4 +1,4 @@
-"""Graphs without weights: these lie in a base file, and a graph that is cut into pieces has in each those it reads."""
+"""ONNX graphs whose weights are in the base file, and splitting a graph into pieces."""
 
 from __future__ import annotations
 
@@ -9,79 +9,118 @@ from itertools import pairwise
 from typing import Any
 
 from hosfl.edge.half import BASE, LAYOUT, PREFIX
-from hosfl.edge.original import ExportError, Original
+from hosfl.edge.source import ExportError, ExportSource
 from hosfl.halves.narrow import narrow_names
 
-CONSTANTS = 1 << 20  # bytes of a graph that are no weights, at most: every client of a run fetches it
+MAX_CONSTANTS = 1 << 20  # bytes of a graph's constants that are no weights: every client of a run fetches them
 
 
 def externalize_weights(
-    model: Any, of: Original, all_matrices: bool, running: Collection[str] = ()
+    model: Any, source: ExportSource, all_matrices: bool, running: Collection[str] = ()
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Lets the model's weights lie in a base file. Returns those that move or are running, and of the others those that
-    are to be no constants, by their names in the graph: those that are stored narrow, or all but the small ones."""
+    """Make the model refer to its weights in the base file instead of holding them.
+
+    model: changed in place. all_matrices: see the second mapping. running: names of running statistics.
+
+    Returns two mappings of the weights by their names in the graph:
+    - those that change: trainable ones and running statistics;
+    - frozen ones that must not be constants: those stored narrow, matrices in bfloat16 and, with `all_matrices`, all
+      other matrices.
+
+    Raises ExportError for a model with large constants that are not weights, or with nested loops or branches.
+    """
+    header_end = 8 + int.from_bytes(source.base[:8], "little")
+    weights, moving, fixed = _externalize(model.graph, source, header_end, all_matrices, running)
+    _check_constants(model.graph)
+    _check_branches(model.graph)
+    for value in weights:
+        model.graph.register_initializer(value)
+    _rename_outputs_like_inputs(model.graph)
+    _remove_metadata(model.graph)
+    model.metadata_props[LAYOUT] = hashlib.sha256(source.base[:header_end]).hexdigest()
+    return moving, fixed
+
+
+def _externalize(
+    graph: Any, source: ExportSource, header_end: int, all_matrices: bool, running: Collection[str]
+) -> tuple[list[Any], dict[str, Any], dict[str, Any]]:
+    """Take the half's weights out of the graph's initializers and give them references to the base file.
+
+    header_end: offset of the base file's first tensor. Returns all weights, and `externalize_weights`'s two mappings.
+    """
     from onnxscript import ir
 
-    half, base = of.half, of.base
-    end = 8 + int.from_bytes(base[:8], "little")
-    places: dict[str, Any] = json.loads(base[8:end])
-    graph, names = model.graph, dict[int, list[str]]()
-    state = half.state_dict(keep_vars=True)
+    layout: dict[str, Any] = json.loads(source.base[8:header_end])
+    names = dict[int, list[str]]()
+    state = source.half.state_dict(keep_vars=True)
     for name, tensor in state.items():
         names.setdefault(id(tensor), []).append(name)
-    weights, moving, fixed, stored = [], dict[str, Any](), dict[str, Any](), set(narrow_names(half))
-    for first, *others in names.values():  # of a tied weight's names a log has the first as well
+    weights, moving, fixed, narrow = [], dict[str, Any](), dict[str, Any](), set(narrow_names(source.half))
+    for first, *tied in names.values():  # of a tied weight's names a log has the first, too
         tensor = state[first]
-        found = [graph.initializers.pop(PREFIX + name, None) for name in (first, *others)]
-        value, *same = [value for value in found if value is not None] or [None]
+        initializers = [graph.initializers.pop(PREFIX + name, None) for name in (first, *tied)]
+        value, *duplicates = [value for value in initializers if value is not None] or [None]
         moves = tensor.requires_grad or first in running
-        if value is None and moves:  # it moves, and nothing reads it
+        if value is None and moves:  # no operator reads it
             value = ir.Value(type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(tensor.shape))
         if value is None:
             continue
-        for other in same:
-            ir.convenience.replace_all_uses_with(other, value)
-        begin, stop = places[first]["data_offsets"]
-        if in_16_bits := places[first]["dtype"] == "BF16":
+        for duplicate in duplicates:
+            ir.convenience.replace_all_uses_with(duplicate, value)
+        begin, stop = layout[first]["data_offsets"]
+        if in_bfloat16 := layout[first]["dtype"] == "BF16":
             value = _cast_to_float32(graph, value)
         value.name = PREFIX + first
         value.const_value = ir.ExternalTensor(
-            BASE, end + begin, stop - begin, value.dtype, shape=value.shape, name=value.name
+            BASE, header_end + begin, stop - begin, value.dtype, shape=value.shape, name=value.name
         )
         weights.append(value)
         if moves:
             moving[value.name] = value
-        elif first in stored or ((all_matrices or in_16_bits) and tensor.dim() > 1):
+        elif first in narrow or ((all_matrices or in_bfloat16) and tensor.dim() > 1):
             fixed[value.name] = value
+    return weights, moving, fixed
+
+
+def _check_constants(graph: Any) -> None:
+    """Raise ExportError if the graph's remaining initializers, which are no weights, are larger than MAX_CONSTANTS."""
     constants = {value.name: value.const_value.nbytes for value in graph.initializers.values()}
-    if (size := sum(constants.values())) > CONSTANTS:
+    if (size := sum(constants.values())) > MAX_CONSTANTS:
         largest = max(constants, key=lambda name: constants[name])
         raise ExportError(
             f"the graph has {size:,} bytes of constants that are no weights, most of them in "
             f"{largest.removeprefix(PREFIX)}: register it as a persistent buffer, so that the base file has it"
         )
+
+
+def _check_branches(graph: Any) -> None:
+    """Raise ExportError for loops or branches within others."""
     if branches := {node.op_type for node in _inner_nodes(graph) if _subgraphs(node)}:
         raise ExportError(
-            f"the graph has loops or branches in one another ({', '.join(sorted(branches))}), over which onnxruntime"
+            f"the graph has nested loops or branches ({', '.join(sorted(branches))}), over which onnxruntime"
             " may end the process: write that layer's forward pass without them, or cut the model elsewhere"
         )
-    for value in weights:
-        graph.register_initializer(value)
-    taken = {value.name for value in graph.inputs}
+
+
+def _rename_outputs_like_inputs(graph: Any) -> None:
+    """Rename operators' outputs that have the name of a graph input, such as those of a half with argument "linear"."""
+    input_names = {value.name for value in graph.inputs}
     for output in (output for node in graph.all_nodes() for output in node.outputs):
-        if output.name in taken:  # as of a half with an argument "linear"
+        if output.name in input_names:
             output.name = f"made {output.name}"
-    graph.metadata_props.clear()  # where which line of whose code lies
+
+
+def _remove_metadata(graph: Any) -> None:
+    """Remove the exporter's metadata: the source files and lines that each operator comes from."""
+    graph.metadata_props.clear()
     for node in graph.all_nodes():
         node.metadata_props.clear()
         for output in node.outputs:
             output.metadata_props.clear()
-    model.metadata_props[LAYOUT] = hashlib.sha256(base[:end]).hexdigest()
-    return moving, fixed
 
 
 def _cast_to_float32(graph: Any, value: Any) -> Any:
-    """A weight in bfloat16, of which an operator makes the value in float32."""
+    """Replace a float32 value by a cast of a bfloat16 one, and return the latter."""
     from onnxscript import ir
 
     stored = ir.Value(type=ir.TensorType(ir.DataType.BFLOAT16), shape=value.shape)
@@ -93,52 +132,53 @@ def _cast_to_float32(graph: Any, value: Any) -> Any:
 
 
 def _subgraphs(node: Any) -> list[Any]:
-    """The graphs that a node holds, such as a loop's body."""
+    """A node's subgraphs, such as a loop's body."""
     return [a.value for a in node.attributes.values() if a.type.name == "GRAPH"]
 
 
 def _inner_nodes(graph: Any) -> list[Any]:
-    """The nodes of the graphs that a graph's own nodes hold, and not of those within them."""
+    """The nodes of the graph's subgraphs, one level deep."""
     return [inner for node in graph for body in _subgraphs(node) for inner in body]
 
 
 def split_graph(model: Any, moving: Mapping[str, Any], fixed: Mapping[str, Any]) -> list[bytes]:
-    """The model from its inputs to the first entry, from there to the next, and so on to the cut.
+    """Split the model at its entries: inputs to first entry, first to second entry, and so on to the cut.
 
-    Each has its weights, of which those that move are inputs as well; the first has those that nothing reads, too.
+    Each piece has the weights that it reads; the first also has the moving ones that no piece reads. Weights in
+    `moving` and `fixed` are graph inputs as well. Returns serialised models.
     """
     from onnxscript import ir
 
-    graph, found = model.graph, []
-    given, (cut, *entries) = list(graph.inputs), graph.outputs
+    graph, pieces = model.graph, []
+    inputs, (cut, *entries) = list(graph.inputs), graph.outputs
     if entries and entries[0].is_graph_input():
-        del entries[0]  # nothing is done in front of it
+        del entries[0]  # no operator comes before it
     for begin, end in pairwise((None, *entries, cut)):
-        piece = ir.convenience.extract(graph, given if begin is None else [begin, *given], [end])
+        piece = ir.convenience.extract(graph, inputs if begin is None else [begin, *inputs], [end])
         if begin is not None:
             remove_unread_inputs(piece)
-        found.append(piece)
+        pieces.append(piece)
     _register_unread(
-        found[0], {name: v for name, v in moving.items() if not any(name in p.initializers for p in found)}
+        pieces[0], {name: v for name, v in moving.items() if not any(name in p.initializers for p in pieces)}
     )
-    return [_serialize(model, piece, {*moving, *fixed}) for piece in found]
+    return [_serialize(model, piece, {*moving, *fixed}) for piece in pieces]
 
 
 def serialize_part(model: Any, piece: Any, moving: Mapping[str, Any], fixed: Mapping[str, Any]) -> bytes:
-    """A part of the model's graph as a model by itself, which has all weights that move."""
+    """Serialise a part of the model's graph as a model of its own, with all moving weights."""
     _register_unread(piece, {name: value for name, value in moving.items() if name not in piece.initializers})
     return _serialize(model, piece, {*moving, *fixed})
 
 
 def remove_unread_inputs(piece: Any) -> None:
-    """Of a graph's inputs but the first those that nothing reads."""
+    """Remove a graph's inputs that no operator reads, except the first."""
     for value in piece.inputs[1:]:
         if not value.uses():
             piece.inputs.remove(value)
 
 
 def _register_unread(piece: Any, weights: Mapping[str, Any]) -> None:
-    """Let a graph have weights that nothing reads: whoever opens it gives each of them memory."""
+    """Add weights that no operator reads, since a session is given an array for every moving weight."""
     from onnxscript import ir
 
     for weight in weights.values():
@@ -146,19 +186,19 @@ def _register_unread(piece: Any, weights: Mapping[str, Any]) -> None:
         piece.register_initializer(copy)
 
 
-def _serialize(model: Any, piece: Any, open_: Collection[str]) -> bytes:
-    """A part of the model's graph as a model; its weights of these names are inputs as well.
+def _serialize(model: Any, piece: Any, as_inputs: Collection[str]) -> bytes:
+    """Serialise a part of the model's graph; its weights named in `as_inputs` are graph inputs as well.
 
-    They are those that move, and frozen ones of which a runtime would keep copies if they were constants: wide ones of
-    those that are stored narrow, and one for each graph of those that several have.
+    These are the moving weights, and frozen ones of which a runtime would keep copies if they were constants: a wide
+    copy of each weight stored narrow, and one copy per graph of each that several graphs read.
     """
     from onnxscript import ir
 
     weights = sorted(piece.initializers.values(), key=lambda value: str(value.name))
-    piece.initializers.clear()  # they were in any order
+    piece.initializers.clear()  # registered again below, sorted by name
     for value in weights:
         piece.register_initializer(value)
-    piece.inputs.extend(value for value in weights if value.name in open_)
+    piece.inputs.extend(value for value in weights if value.name in as_inputs)
     model.graph = piece
     data: bytes = ir.to_proto(model).SerializeToString(deterministic=True)
     return data

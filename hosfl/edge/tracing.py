@@ -1,4 +1,4 @@
-"""From a client half to the exporter's model of it, by torch.onnx."""
+"""Tracing of a client half by torch.onnx."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from hosfl.edge.original import ExportError, Original, is_text
+from hosfl.edge.source import ExportError, ExportSource, is_text
 from hosfl.halves.blocks import capture_entry_input
 from hosfl.halves.follow import CutError
 from hosfl.halves.inputs import call
@@ -23,40 +23,43 @@ from hosfl.halves.narrow import narrow_bfloat16_as_floats
 from hosfl.halves.transformer_halves import ClientHalf
 
 
-class Positional(nn.Module):
-    """The half as a module of positional arguments, which the exporter counts and names.
+class PositionalHalf(nn.Module):
+    """The half as a module with positional arguments, as the exporter needs it.
 
-    Its outputs are the cut, and what comes to each of the entries.
+    Its outputs are the cut and, for each of the entries, the entry's input.
     """
 
-    def __init__(self, of: Original, entries: Sequence[str]) -> None:
+    def __init__(self, source: ExportSource, entries: Sequence[str]) -> None:
         super().__init__()
-        self.client, self.entries = _without_token_check(of.half), entries
-        self.names = list(of.named) if isinstance(of.sample, Mapping) else None
+        self.client, self.entries = _without_token_check(source.half), entries
+        self.names = list(source.named) if isinstance(source.sample, Mapping) else None
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        reached: dict[str, Tensor] = {}
+        entry_inputs: dict[str, Tensor] = {}
         with ExitStack() as hooks:
             for entry in self.entries:
-                hooks.enter_context(capture_entry_input(self.client, entry, partial(reached.setdefault, entry)))
+                hooks.enter_context(capture_entry_input(self.client, entry, partial(entry_inputs.setdefault, entry)))
             cut = call(self.client, tensors[0] if self.names is None else dict(zip(self.names, tensors, strict=True)))
-        if missed := [entry for entry in self.entries if entry not in reached]:
-            raise CutError(f"the forward pass never reaches {missed[0]}")
-        return cut, *(reached[entry] for entry in self.entries)
+        if unreached := [entry for entry in self.entries if entry not in entry_inputs]:
+            raise CutError(f"the forward pass never reaches {unreached[0]}")
+        return cut, *(entry_inputs[entry] for entry in self.entries)
 
 
-def trace_graph(of: Original, entries: Sequence[str], kind: type[Positional] = Positional) -> Any:
-    """The exporter's model, in onnxscript's representation; its outputs are those of `Positional`, or another kind."""
-    inputs = of.traced()
-    texts = {name for name, x in inputs.items() if of.any_length and is_text(name, x)}
+def trace_graph(source: ExportSource, entries: Sequence[str], wrapper: type[PositionalHalf] = PositionalHalf) -> Any:
+    """Export a half with torch.onnx, and return the model in onnxscript's representation.
+
+    wrapper: the module to trace; its outputs are the graph's outputs. Raises ExportError.
+    """
+    inputs = source.trace_inputs()
+    texts = {name for name, x in inputs.items() if source.any_length and is_text(name, x)}
     sizes = tuple({0: "batch", **({1: "tokens"} if name in texts else {})} for name in inputs)
-    client = kind(of, entries)
-    with as_export_errors(of.half), silence_exporter(), narrow_bfloat16_as_floats(of.half), OnnxLookups():
+    client = wrapper(source, entries)
+    with as_export_errors(source.half), silence_exporter(), narrow_bfloat16_as_floats(source.half), OnnxEmbeddings():
         program = torch.onnx.export(
             client,
             tuple(inputs.values()),
             dynamo=True,
-            optimize=False,  # which would rename weights, and fold what depends on them
+            optimize=False,  # the optimizer would rename weights, and fold operators on them into constants
             verbose=False,
             input_names=list(inputs),
             output_names=["cut"],
@@ -67,33 +70,34 @@ def trace_graph(of: Original, entries: Sequence[str], kind: type[Positional] = P
 
 
 def _without_token_check(half: nn.Module) -> nn.Module:
-    """The half without its check of tokens' values, of which a graph has none."""
-    if not isinstance(half, ClientHalf) or half.pools is None:
+    """Return the half without its check of tokens' values, which a graph cannot make."""
+    if not isinstance(half, ClientHalf) or half.classifier_pad is None:
         return half
-    own: Any = copy_module(half)
-    own.pools = None
-    return own
+    unchecked: Any = copy_module(half)
+    unchecked.classifier_pad = None
+    return unchecked
 
 
-class OnnxLookups(TorchFunctionMode):
-    """Lookups in a graph are those of torch. To torch a negative number is an error, and ONNX counts it from the
-    table's end: it is made one that lies beyond any table. Sums and means of a text's rows, which the exporter writes
-    as loops, are those of their rows.
+class OnnxEmbeddings(TorchFunctionMode):
+    """Mode in which embeddings are traced so that ONNX computes what torch does.
+
+    A negative index is an error to torch, but ONNX counts it from the table's end: it is replaced by one beyond any
+    table. `embedding_bag` of texts of one length, which the exporter writes as loops, becomes a lookup and a reduction.
     """
 
     def __torch_function__(
         self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        told = dict(kwargs or {})
+        kwargs = kwargs or {}
         if function is nn.functional.embedding:
-            told = _EMBEDDING.bind(*args, **told).arguments
-            told["input"] = torch.where(told["input"] < 0, torch.iinfo(torch.int32).max, told["input"])
-            return function(**told)
+            bound = _EMBEDDING.bind(*args, **kwargs).arguments
+            bound["input"] = torch.where(bound["input"] < 0, torch.iinfo(torch.int32).max, bound["input"])
+            return function(**bound)
         if function is nn.functional.embedding_bag:
-            told = _EMBEDDING_BAG.bind(*args, **told).arguments
-            if told.get("offsets") is None and told["input"].dim() == 2:
-                return _embedding_bag(**told)
-        return function(*args, **(kwargs or {}))
+            bound = _EMBEDDING_BAG.bind(*args, **kwargs).arguments
+            if bound.get("offsets") is None and bound["input"].dim() == 2:
+                return _embedding_bag(**bound)
+        return function(*args, **kwargs)
 
 
 _EMBEDDING, _EMBEDDING_BAG = signature(nn.functional.embedding), signature(nn.functional.embedding_bag)
@@ -107,7 +111,7 @@ def _embedding_bag(
     padding_idx: int | None = None,
     **others: Any,
 ) -> Tensor:
-    """embedding_bag of texts of one length: the sum, mean or largest of each one's rows."""
+    """`embedding_bag` of texts of one length, [batch, tokens]: the sum, mean or maximum of each text's rows."""
     rows = nn.functional.embedding(input, weight)
     if per_sample_weights is not None:
         rows = rows * per_sample_weights.unsqueeze(-1)
@@ -124,33 +128,28 @@ def _embedding_bag(
 
 @contextmanager
 def as_export_errors(half: nn.Module, otherwise: str = "") -> Iterator[None]:
-    """What torch cannot export is an ExportError: the exporter's own errors, and whatever a model raises under it.
+    """Context manager: turn every error of the exporter, or of the model under it, into an ExportError.
 
-    otherwise: what else can be done.
+    otherwise: further advice, appended to the message.
     """
     try:
         yield
     except Exception as error:
-        cause = next(e for e in _causes(error) if e.__cause__ is None)
-        said = " ".join(str(cause).split())[:500]
-        way = "cut the model elsewhere, or replace the module that it names"
-        if "grouped_mm" in said:
-            way = 'tell transformers\' model `set_experts_implementation("batched_mm")`'
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        message = " ".join(str(cause).split())[:500]
+        advice = "cut the model elsewhere, or replace the module that it names"
+        if "grouped_mm" in message:
+            advice = 'call `set_experts_implementation("batched_mm")` on transformers\' model'
         raise ExportError(
-            f"torch cannot export the {type(half).__name__}: {type(cause).__name__}: {said}; {way}{otherwise}"
+            f"torch cannot export the {type(half).__name__}: {type(cause).__name__}: {message}; {advice}{otherwise}"
         ) from error
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    found: BaseException | None = error
-    while found is not None:
-        yield found
-        found = found.__cause__
 
 
 @contextmanager
 def silence_exporter() -> Iterator[None]:
-    """Without the exporter's remarks on what of torchvision is missing and what of torch will change."""
+    """Context manager: hide the exporter's warnings, such as those on missing torchvision and future versions."""
     log = logging.getLogger("torch.onnx")
     level = log.level
     log.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""`hosfl.methods.travel` on numpy arrays: the same bits."""
+"""Packing of cuts and multipliers for the wire: `hosfl.methods.travel` on numpy arrays, with the same bits."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ Floats = NDArray[np.float32]
 
 
 def packed(values: Floats, wire: str) -> tuple[NDArray[Any], Floats]:
-    """(what travels, of the same shape; scales): see `hosfl.methods.travel`. bfloat16 is its bits, uint16."""
+    """Return (packed values in the same shape, scales): see `hosfl.methods.travel`. bfloat16 is its bits in uint16."""
     if wire == "float32":
         return values, NONE
     if wire == "float16":
-        with np.errstate(over="ignore"):  # infinite: whoever receives it refuses it
+        with np.errstate(over="ignore"):  # an overflow becomes infinite, which the receiver refuses
             return values.astype(np.float16), NONE
     if wire == "bfloat16":
         return rounded(values), NONE
@@ -33,19 +33,19 @@ def packed(values: Floats, wire: str) -> tuple[NDArray[Any], Floats]:
 
 
 def rounded(values: Floats) -> NDArray[np.uint16]:
-    """To the nearest number of bfloat16, ties to even: its bits."""
+    """Round float32 to bfloat16, ties to even, and return its bits."""
     bits = values.view(np.uint32)
     return np.where(np.isnan(values), 0x7FC0, (bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
 
 
 def assign_rounded(array: NDArray[Any], values: Floats) -> None:
-    """Give an array in float32, or of bfloat16's bits, these values in place."""
+    """Assign values to an array in place. Its dtype is float32, or uint16 with the bits of bfloat16."""
     flat = array.reshape(-1)
     flat[...] = rounded(values) if array.dtype == np.uint16 else values
 
 
 def unpacked(values: NDArray[Any], scales: Floats, wire: str) -> Floats:
-    """What was packed, as float32. Raises MessageError for another packing."""
+    """Undo `packed`, and return float32. Raises MessageError for values or scales that are not packed as `wire`."""
     if dtype_name(values) != wire:
         raise MessageError(f"{dtype_name(values)} in a run where cuts travel as {wire}")
     blocks = -(-values.size // BLOCK) if wire == "int8" else 0
@@ -53,11 +53,11 @@ def unpacked(values: NDArray[Any], scales: Floats, wire: str) -> Floats:
         raise MessageError(f"{scales.shape} scales for {values.size} numbers that travel as {wire}")
     if wire != "int8":
         return widened(values).astype(np.float32)
-    whole = _blocks(values.astype(np.float32)) * scales[:, None]
-    return whole.reshape(-1)[: values.size].reshape(values.shape)
+    scaled = _blocks(values.astype(np.float32)) * scales[:, None]
+    return scaled.reshape(-1)[: values.size].reshape(values.shape)
 
 
 def _blocks(values: Floats) -> Floats:
-    """[blocks, 64], the last one filled up with zeros."""
+    """Reshape to [blocks, 64], padded with zeros."""
     flat = values.reshape(-1)
     return np.pad(flat, (0, -flat.size % BLOCK)).reshape(-1, BLOCK)

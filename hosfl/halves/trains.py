@@ -21,16 +21,16 @@ BIASES = ["*bias", "*bias_ih*", "*bias_hh*"]  # the last two of nn.LSTM, GRU, RN
 
 
 def select_trainable(half: nn.Module, trains: str, seed: int, public: Inputs | None = None) -> nn.Module:
-    """Freeze all parameters but those that `trains` names; returns the half, changed in place.
+    """Freeze all parameters but those that `trains` names. Returns the half, changed in place.
 
     Parameters that are frozen already stay frozen. Adapters start at zero; their random parts are drawn from the run's
     seed.
 
     Args:
         half: a client half.
-        trains: as `hosfl.settings.Halves` says; of adapters "xs" and "act" see `hosfl.halves.adapters`.
-        seed: of the run.
-        public: unlabelled samples as the half takes them, which are no secret; for "act" and peft's EVA.
+        trains: see `hosfl.settings.Halves`; for the adapters "xs" and "act" also `hosfl.halves.adapters`.
+        seed: the run's seed.
+        public: unlabelled public samples as the half takes them, for "act" and peft's EVA.
 
     Raises, before anything is changed:
         ValueError: nothing would be trainable; a rank is not a positive integer, or is larger than a layer allows; peft
@@ -53,8 +53,8 @@ def select_trainable(half: nn.Module, trains: str, seed: int, public: Inputs | N
             add_peft(half, peft_config(rest), round_seed(seed, Purpose.MODEL, 1), public)
             return half
     except ValueError as error:
-        told = str(error)
-        raise ValueError(told if told.startswith("trains=") else f"trains={trains!r}: {told}") from error
+        message = str(error)
+        raise ValueError(message if message.startswith("trains=") else f"trains={trains!r}: {message}") from error
     if trains == "norms":
         norms = [path for path, module in half.named_modules() if "norm" in type(module).__name__.lower()]
         patterns = [f"{path}.*" if path else "*" for path in norms]
@@ -62,19 +62,23 @@ def select_trainable(half: nn.Module, trains: str, seed: int, public: Inputs | N
         patterns = BIASES if trains == "biases" else trains.split(",")
     names = {name for name, p in half.named_parameters() if p.requires_grad and _matches(name, patterns)}
     if not names:
-        some = ", ".join(name for name, _ in half.named_parameters())
-        raise ValueError(f"trains={trains!r} leaves nothing that moves; the client half has {some[:500]}")
+        existing = ", ".join(name for name, _ in half.named_parameters())
+        raise ValueError(f"trains={trains!r} leaves nothing that moves; the client half has {existing[:500]}")
     for name, parameter in half.named_parameters():
         parameter.requires_grad_(name in names)
     return half
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a name matches one of these shell patterns."""
     return any(fnmatch(name, pattern.strip()) for pattern in patterns)
 
 
 def _rank_and_layers(trains: str, default: int | None = None) -> tuple[int, list[str]]:
-    """The rank and the patterns of KIND:RANK:LAYERS; of KIND alone the default rank, if there is one. ValueError."""
+    """Parse KIND:RANK:LAYERS, and return (rank, patterns of layers). KIND alone has the default rank, if there is one.
+
+    Raises ValueError for a rank that is not a positive integer.
+    """
     kind, colon, rest = trains.partition(":")
     rank, _, patterns = rest.partition(":")
     if not colon and default is not None:
@@ -85,6 +89,10 @@ def _rank_and_layers(trains: str, default: int | None = None) -> tuple[int, list
 
 
 def _matching_layers(trains: str, names: Iterable[str], patterns: list[str], kind: str) -> list[str]:
+    """The sorted names that match one of the patterns, or all without patterns. Raises ValueError if there are none.
+
+    kind: what the names are, for error messages.
+    """
     names = sorted(names)
     if not names:
         raise ValueError(f"trains={trains!r} needs a {kind}, and the client half has none")
@@ -95,13 +103,14 @@ def _matching_layers(trains: str, names: Iterable[str], patterns: list[str], kin
 
 
 def _add_lora(half: nn.Module, trains: str, seed: int) -> None:
+    """Add peft's LoRA to linear layers."""
     rank, patterns = _rank_and_layers(trains, DEFAULT_RANK)
     linear = {name for name, module in half.named_modules() if isinstance(module, nn.Linear)}
     import_peft()
     from peft import LoraConfig, inject_adapter_in_model
 
     chosen = _matching_layers(trains, linear, patterns, "linear layer")
-    paths = "|".join(map(re.escape, chosen))  # as a pattern: of a list's names peft takes those that end so as well
+    paths = "|".join(map(re.escape, chosen))  # a pattern, since names in a list also match layers that end like them
     half.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(round_seed(seed, Purpose.MODEL, 1) % 2**63)
@@ -110,6 +119,7 @@ def _add_lora(half: nn.Module, trains: str, seed: int) -> None:
 
 
 def _add_xs(half: nn.Module, trains: str, public: Inputs | None) -> None:
+    """Add the adapters of `hosfl.halves.adapters` to linear layers and convolutions."""
     kind = trains.partition(":")[0]
     rank, patterns = _rank_and_layers(trains)
     layers = {name: module for name, module in half.named_modules() if is_adaptable(module)}

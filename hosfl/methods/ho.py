@@ -30,7 +30,14 @@ from hosfl.methods.steps import POOL_BETAS, FreshStep, PoolStep
 from hosfl.probing.batched import probe_batched, probe_forward_batched
 from hosfl.probing.compiled import call_compiled, check_backend
 from hosfl.probing.displaced import large_tables, refuse_references
-from hosfl.probing.probe import Moved, probe_backward, probe_forward, probe_in_place, probe_untouched, trainable
+from hosfl.probing.probe import (
+    PerturbedTensors,
+    probe_backward,
+    probe_forward,
+    probe_in_place,
+    probe_untouched,
+    trainable,
+)
 from hosfl.protocol.lattice import Lattice
 from hosfl.protocol.messages import (
     Differs,
@@ -82,7 +89,7 @@ class ZerothOrderClient(Client):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.moved = Moved.of(self.half, self.run.factors)
+        self.moved = PerturbedTensors.of(self.half, self.run.factors)
         if self.base is None:
             copies = [p.detach().clone() for p in self.moved.tensors]
             self.base = lambda: copies
@@ -134,7 +141,7 @@ class ZerothOrderClient(Client):
     def _pass_from(self, number: int) -> Iterator[tuple[nn.Module, Inputs]]:
         """Yields the module and the inputs of a pass from a block to the cut, in eval mode and without a graph."""
         with evaluating(self.half):
-            module, inputs = self.blocks.at(number, self._inputs)
+            module, inputs = self.blocks.tail(number, self._inputs)
             with evaluating(module):
                 yield module, inputs
 
@@ -149,25 +156,25 @@ class ZerothOrderClient(Client):
                 seeds,
                 self.run.dist,
                 microbatch=self.microbatch,
-                moved=self.moved.subset(order),
+                perturbed=self.moved.subset(order),
                 measured=measured,
             )
         self._count(forward=self.begins[0].share, backward=self.begins[0].share)
         return found
 
-    def _probe(self, number: int, moved: Moved, multiplier: Tensor, seeds: Sequence[int]) -> Tensor:
+    def _probe(self, number: int, moved: PerturbedTensors, multiplier: Tensor, seeds: Sequence[int]) -> Tensor:
         """The scalars of one block's directions, by forward passes from the block to the cut."""
         run, mu, two_sided = self.run, self.replica.mu, self.run.estimator == "two-sided"
         with self._pass_from(number) as (module, inputs):
             if self.probes_at_once > 1:
                 found = self._probe_batched(module, inputs, moved, multiplier, seeds)
             elif run.estimator == "forward":
-                found = probe_forward(module, inputs, multiplier, seeds, run.dist, moved=moved)
+                found = probe_forward(module, inputs, multiplier, seeds, run.dist, perturbed=moved)
             elif run.lattice is not None:
                 found = self._probe_in_place(number, module, inputs, moved, multiplier, seeds)
             else:
                 found = probe_untouched(
-                    module, inputs, multiplier, self._cut, seeds, mu, run.dist, two_sided=two_sided, moved=moved
+                    module, inputs, multiplier, self._cut, seeds, mu, run.dist, two_sided=two_sided, perturbed=moved
                 )
         share = self.begins[number].share
         between = self.begins[number - 1].share - share if number else 0.0
@@ -175,7 +182,13 @@ class ZerothOrderClient(Client):
         return found
 
     def _probe_in_place(
-        self, number: int, module: nn.Module, inputs: Inputs, moved: Moved, multiplier: Tensor, seeds: Sequence[int]
+        self,
+        number: int,
+        module: nn.Module,
+        inputs: Inputs,
+        moved: PerturbedTensors,
+        multiplier: Tensor,
+        seeds: Sequence[int],
     ) -> Tensor:
         """The same with weights that are moved in place; large tables by row, if a first probe shows the same result.
 
@@ -205,12 +218,12 @@ class ZerothOrderClient(Client):
         return probe(multiplier, seeds, self.by_row[number])
 
     def _probe_batched(
-        self, module: nn.Module, inputs: Inputs, moved: Moved, multiplier: Tensor, seeds: Sequence[int]
+        self, module: nn.Module, inputs: Inputs, moved: PerturbedTensors, multiplier: Tensor, seeds: Sequence[int]
     ) -> Tensor:
         """The same with several probes in a pass. On a lattice the copies' weights are exact, too."""
         run, at_once = self.run, self.probes_at_once
         if run.estimator == "forward":
-            return probe_forward_batched(module, inputs, multiplier, seeds, run.dist, moved=moved, at_once=at_once)
+            return probe_forward_batched(module, inputs, multiplier, seeds, run.dist, perturbed=moved, at_once=at_once)
         two_sided, mu = run.estimator == "two-sided", self.replica.mu
         return probe_batched(
             module,
@@ -221,7 +234,7 @@ class ZerothOrderClient(Client):
             mu,
             run.dist,
             two_sided=two_sided,
-            moved=moved,
+            perturbed=moved,
             at_once=at_once,
         )
 

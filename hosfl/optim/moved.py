@@ -85,8 +85,8 @@ class _GroupDisplacement(Displacement):
         super().__init__(tensors, [n for group in groups for n in group.numbers], seed, sign, dist)
         self.mu = {id(t): group.mu for group in groups for t in group.tensors}
 
-    def _move(self, pieces: Sequence[Tensor], parameter: Tensor, starts: Sequence[int]) -> None:
-        stream, scale = self.place[id(parameter)][0], self.scale * self.mu[id(parameter)]
+    def _perturb(self, pieces: Sequence[Tensor], parameter: Tensor, starts: Sequence[int]) -> None:
+        stream, scale = self.noise[id(parameter)][0], self.scale * self.mu[id(parameter)]
         perturb_(pieces, self.seed, scale, dist=self.dist, streams=[stream] * len(pieces), starts=starts)
 
 

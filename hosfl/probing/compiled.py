@@ -1,4 +1,4 @@
-"""Compiled forward passes: compiled once for all clients, probes and rounds with the same half and shapes.
+"""Forward passes compiled by torch.compile, once for all clients, probes and rounds with the same half and shapes.
 
 Weights are inputs of the compiled code, so that neither moving them nor another client's copy compiles again. A batch
 of another size or length compiles once more; from then on sizes are variables.
@@ -16,17 +16,17 @@ from hosfl.halves.inputs import Inputs, call
 
 
 def check_backend(name: str) -> None:
-    """Raises ValueError for what is no backend of torch.compile. Debugging backends work, but are not suggested."""
+    """Raise ValueError for an unknown backend of torch.compile. The message does not list debugging backends."""
     if name not in torch._dynamo.list_backends(exclude_tags=()):
-        usual = ", ".join(torch._dynamo.list_backends())
-        raise ValueError(f"compile must be a backend of torch.compile, such as {usual}, got {name!r}")
+        suggested = ", ".join(torch._dynamo.list_backends())
+        raise ValueError(f"compile must be a backend of torch.compile, such as {suggested}, got {name!r}")
 
 
 def call_compiled(backend: str, module: nn.Module, inputs: Inputs) -> Any:
-    """`hosfl.halves.inputs.call`, compiled. backend: of torch.compile, by name.
+    """Do what `hosfl.halves.inputs.call` does, compiled. backend: a backend of torch.compile, by name.
 
-    A value differs by rounding from what `call` gives. Raises ValueError for a module that torch or the backend cannot
-    compile, such as where there is no C++ compiler.
+    The output differs from that of `call` by rounding. Raises ValueError if torch or the backend cannot compile the
+    module, for example because there is no C++ compiler.
     """
     try:
         return _compiled(backend)(module, inputs)
@@ -37,4 +37,5 @@ def call_compiled(backend: str, module: nn.Module, inputs: Inputs) -> Any:
 
 @cache
 def _compiled(backend: str) -> Any:
+    """`call`, compiled."""
     return torch.compile(call, backend=backend)

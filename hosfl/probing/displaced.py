@@ -1,4 +1,4 @@
-"""Evaluates a module at th + s * u without writing th: a displaced weight is made when it is read, and freed soon."""
+"""Evaluate a module at th + s * u without writing th: each displaced weight is made when it is read, and freed soon."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ from hosfl.halves.inputs import Inputs, call, evaluating
 from hosfl.interrupts import uninterrupted
 from hosfl_kernels import perturb_
 
-# Elements of an embedding's table from which on gathering and moving the rows of a batch is cheaper than moving the
-# whole table and back.
+# Elements of an embedding's table from which on copying and moving the rows of a batch is cheaper than moving the whole
+# table and back.
 LARGE = 1 << 20
 
 
-class Displaces(Protocol):
-    """Supplies the tensors that a module reads in place of the weights that move."""
+class WeightSource(Protocol):
+    """Supplies the tensors that a module reads in place of some of its parameters."""
 
     read: bool  # whether any was read
 
-    def moves(self, parameter: Tensor | None) -> bool:
+    def replaces(self, parameter: Tensor | None) -> bool:
         """Whether this parameter is replaced."""
 
     def whole(self, parameter: Tensor) -> Tensor:
-        """The tensor in its place."""
+        """The tensor in place of a parameter."""
 
     def table(self, parameter: Tensor) -> Tensor:
-        """The same for the weight of an nn.Embedding."""
+        """The tensor in place of an nn.Embedding's weight. It may be made row by row, in lookups."""
 
 
-class Copies:
-    """Supplies copies that were made beforehand."""
+class WeightCopies:
+    """Supplies tensors that exist already. copies: one in place of each parameter."""
 
     def __init__(self, parameters: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
         self.copies = {id(p): copy for p, copy in zip(parameters, copies, strict=True)}
         self.read = False
 
-    def moves(self, parameter: Tensor | None) -> bool:
+    def replaces(self, parameter: Tensor | None) -> bool:
         return id(parameter) in self.copies
 
     def whole(self, parameter: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ class Copies:
 
 
 class Displacement:
-    """Makes th_t + scale * factor_t * z(seed, stream_t) for a tensor t when it is read, or for some of its rows."""
+    """Makes th_t + scale * factor_t * z(seed, stream_t) for a parameter t, or some of its rows, when it is read."""
 
     def __init__(
         self,
@@ -68,60 +68,64 @@ class Displacement:
     ) -> None:
         factors = [1.0] * len(parameters) if factors is None else factors
         self.seed, self.scale, self.dist = seed, scale, dist
-        self.place = {id(p): (s, f) for p, s, f in zip(parameters, streams, factors, strict=True)}
-        self.made: dict[int, ref[Tensor]] = {}
+        self.noise = {id(p): (s, f) for p, s, f in zip(parameters, streams, factors, strict=True)}  # (stream, factor)
         self.read = False
-        self.last: Tensor | None = None
+        self._existing: dict[int, ref[Tensor]] = {}  # displaced tensors by the parameter's id
+        self._last: Tensor | None = None
 
-    def moves(self, parameter: Tensor | None) -> bool:
-        return id(parameter) in self.place
+    def replaces(self, parameter: Tensor | None) -> bool:
+        return id(parameter) in self.noise
 
     def whole(self, parameter: Tensor) -> Tensor:
-        """The displaced parameter, of the same dtype, shape and strides. Not made again while a reference to it exists.
+        """Return the displaced parameter, of the same dtype, shape and strides.
 
-        A reference to the last one is kept, since layers read `weight.dtype` before `weight`. It requires grad as the
-        parameter does: torch chooses its matrix product by that, even if no graph is recorded.
+        It is not made again while a reference to it exists. A reference to the last one is kept, since layers read
+        `weight.dtype` before `weight`. It requires grad as the parameter does: torch chooses its matrix product by
+        that, even if no graph is recorded.
         """
-        made = self.made.get(id(parameter))
-        tensor = None if made is None else made()
+        reference = self._existing.get(id(parameter))
+        tensor = None if reference is None else reference()
         if tensor is None:
-            self.last = None  # free it before the next one is made
+            self._last = None  # frees it before the next one is made
             tensor = self._make(parameter)
-            self.made[id(parameter)] = ref(tensor)
-        self.last = tensor
+            self._existing[id(parameter)] = ref(tensor)
+        self._last = tensor
         return tensor
 
     def _make(self, parameter: Tensor) -> Tensor:
+        """Make the displaced parameter."""
         tensor = parameter.detach().clone(memory_format=torch.contiguous_format)
-        self._move([tensor], parameter, [0])
+        self._perturb([tensor], parameter, [0])
         if not parameter.is_contiguous():  # channels_last: other strides would choose other kernels
             tensor = torch.empty_like(parameter).copy_(tensor)
         return nn.Parameter(tensor)
 
     def table(self, parameter: Tensor) -> Tensor:
-        """The displaced weight of an nn.Embedding."""
-        return Table.of(parameter, self)
+        """Return the displaced weight of an nn.Embedding, whose rows are made in lookups."""
+        return DisplacedTable.of(parameter, self)
 
     def rows(self, table: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """The displaced rows of a [n, d] table that occur in indices, and the indices into those rows."""
+        """Return (the displaced rows of a [n, d] table that occur in `indices`, the indices' positions in these)."""
         unique, positions = indices.unique(return_inverse=True)
         return self._make_rows(table, unique), positions.to(indices.dtype)
 
     def _make_rows(self, table: Tensor, numbers: Tensor) -> Tensor:
+        """Make the displaced rows of these ascending numbers."""
         rows = table.detach().index_select(0, numbers)
-        self._move_rows(rows, table, numbers)
+        self._perturb_rows(rows, table, numbers)
         return rows
 
-    def _move_rows(self, rows: Tensor, table: Tensor, numbers: Tensor) -> None:
-        """Move rows in place that are the table's rows of these ascending numbers."""
-        # Neighbouring rows move as one tensor: positions 0..L-1 are one run, and so is most of a small vocabulary.
+    def _perturb_rows(self, rows: Tensor, table: Tensor, numbers: Tensor) -> None:
+        """Perturb in place: rows that are the table's rows of these ascending numbers."""
+        # Neighbouring rows are one piece: positions 0..L-1 are one run, and so is most of a small vocabulary.
         ends = (numbers.diff() != 1).nonzero().flatten() + 1
         runs = rows.tensor_split(ends.cpu())
         starts = numbers[torch.cat([ends.new_zeros(1), ends])] if len(numbers) else numbers
-        self._move(runs[: len(starts)], table, (starts * table.shape[1]).tolist())
+        self._perturb(runs[: len(starts)], table, (starts * table.shape[1]).tolist())
 
-    def _move(self, pieces: Sequence[Tensor], parameter: Tensor, starts: Sequence[int]) -> None:
-        stream, factor = self.place[id(parameter)]
+    def _perturb(self, pieces: Sequence[Tensor], parameter: Tensor, starts: Sequence[int]) -> None:
+        """Perturb pieces of a parameter in place. starts: the positions in the parameter at which they start."""
+        stream, factor = self.noise[id(parameter)]
         n = len(pieces)
         perturb_(
             pieces,
@@ -134,17 +138,18 @@ class Displacement:
         )
 
 
-class Table(Tensor):
-    """A displaced embedding table that has no memory: a lookup makes its rows; any other op gets the whole table."""
+class DisplacedTable(Tensor):
+    """A displaced embedding table without memory: a lookup makes its rows; any other operator gets the whole table."""
 
     parameter: Tensor
     displacement: Displacement
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def of(parameter: Tensor, displacement: Displacement) -> Table:
-        table: Table = Tensor._make_wrapper_subclass(
-            Table,
+    def of(parameter: Tensor, displacement: Displacement) -> DisplacedTable:
+        """The table in place of an nn.Embedding's weight."""
+        table: DisplacedTable = Tensor._make_wrapper_subclass(
+            DisplacedTable,
             parameter.shape,
             strides=parameter.stride(),
             dtype=parameter.dtype,
@@ -155,81 +160,83 @@ class Table(Tensor):
         return table
 
     def __repr__(self) -> str:  # type: ignore[override]
-        return f"Table({tuple(self.shape)}, {self.dtype})"
+        return f"DisplacedTable({tuple(self.shape)}, {self.dtype})"
 
     @classmethod
     def __torch_dispatch__(cls, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         table = args[0]
-        if isinstance(table, Table):
+        if isinstance(table, DisplacedTable):
             if op is torch.ops.aten.embedding.default:
                 rows, positions = table.displacement.rows(table.parameter, args[1])
                 return torch.embedding(rows, positions)
             if op is torch.ops.aten.detach.default:
-                return Table.of(table.parameter, table.displacement)
+                return DisplacedTable.of(table.parameter, table.displacement)
             if op._schema.is_mutable:
                 raise RuntimeError("the model writes its embedding table in its forward pass: it is only to be read")
-        args, kwargs = tree_map(lambda a: a.whole() if isinstance(a, Table) else a, (args, kwargs or {}))
+        args, kwargs = tree_map(lambda a: a.whole() if isinstance(a, DisplacedTable) else a, (args, kwargs or {}))
         return op(*args, **kwargs)
 
     def whole(self) -> Tensor:
+        """The whole table in memory."""
         return self.displacement.whole(self.parameter)
 
 
-class Reads(UserDict[str, Any]):
-    """Replaces a module's `_parameters` during a displaced forward pass: reading a weight gives the displaced one.
+class _ReplacedParameters(UserDict[str, Any]):
+    """Takes the place of a module's `_parameters` during a pass: reading a parameter gives the source's tensor.
 
     `nn.Module.__getattr__` looks weights up here, and so do named_parameters, ParameterList and a parent that reads
     its child's weights. What the model assigns goes to this copy and is dropped with it.
     """
 
-    def __init__(self, module: nn.Module, displacement: Displaces) -> None:
+    def __init__(self, module: nn.Module, source: WeightSource) -> None:
         super().__init__(module._parameters)
-        self.displacement, self.table = displacement, isinstance(module, nn.Embedding)
+        self.source, self.is_table = source, isinstance(module, nn.Embedding)
 
     def __getitem__(self, name: str) -> Any:
         parameter = self.data[name]
-        if not self.displacement.moves(parameter):
+        if not self.source.replaces(parameter):
             return parameter
-        self.displacement.read = True
-        return self.displacement.table(parameter) if self.table else self.displacement.whole(parameter)
+        self.source.read = True
+        return self.source.table(parameter) if self.is_table else self.source.whole(parameter)
 
-    def whole(self) -> dict[str, Any]:
-        """All parameters, displaced now."""
-        move = self.displacement
-        move.read = True  # assumed: what a compiled graph reads cannot be seen
-        return {name: move.whole(p) if move.moves(p) else p for name, p in self.data.items()}
+    def make_all(self) -> dict[str, Any]:
+        """Return all parameters, with the tensors in place of those that are replaced."""
+        source = self.source
+        source.read = True  # assumed: what a compiled graph reads is not known
+        return {name: source.whole(p) if source.replaces(p) else p for name, p in self.data.items()}
 
 
-def _compiled(module: nn.Module) -> bool:
-    # By name: importing torch._dynamo, where OptimizedModule lives, takes seconds.
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile has compiled the module."""
+    # By name: importing torch._dynamo, where OptimizedModule is, takes seconds.
     return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
 
 
-# Attributes in which a module holds its weights: nn.LSTM and its kind have others beside `_parameters`.
+# Attributes in which modules hold weights: nn.LSTM, GRU and RNN have others beside `_parameters`.
 WEIGHT_ATTRIBUTES = ("_parameters", "_flat_weights", "_flat_weight_refs")
 
 
 @contextmanager
-def displaced(module: nn.Module, displacement: Displaces) -> Iterator[None]:
-    """Within the block, reading a trainable weight anywhere in the module gives the displaced one.
+def displaced(module: nn.Module, source: WeightSource) -> Iterator[None]:
+    """Context manager: reading a parameter anywhere in the module gives the source's tensor in its place.
 
     Modules compiled by torch.compile get all of theirs at the start: a graph takes weights as inputs, and would be
     compiled again and again if making them were a part of it.
     """
-    compiled = {inner for m in module.modules() if _compiled(m) for inner in m.modules()}
-    owners = [m for m in module.modules() if any(map(displacement.moves, m._parameters.values()))]
+    compiled = {inner for m in module.modules() if _is_compiled(m) for inner in m.modules()}
+    owners = [m for m in module.modules() if any(map(source.replaces, m._parameters.values()))]
     before = [{name: m.__dict__[name] for name in WEIGHT_ATTRIBUTES if name in m.__dict__} for m in owners]
 
     def restore() -> None:
         with uninterrupted():
-            for m, held in zip(owners, before, strict=True):
-                m.__dict__.update(held)
+            for m, attributes in zip(owners, before, strict=True):
+                m.__dict__.update(attributes)
 
     try:
         try:
             for m in owners:
-                reads = Reads(m, displacement)
-                m.__dict__["_parameters"] = reads.whole() if m in compiled else reads
+                parameters = _ReplacedParameters(m, source)
+                m.__dict__["_parameters"] = parameters.make_all() if m in compiled else parameters
             yield
         finally:
             restore()
@@ -239,7 +246,10 @@ def displaced(module: nn.Module, displacement: Displaces) -> Iterator[None]:
 
 @contextmanager
 def no_autocast_cache() -> Iterator[None]:
-    """Turn autocast's cache of cast weights off: it would miss moves in place, and keep displaced weights alive."""
+    """Context manager: turn autocast's cache of cast weights off.
+
+    The cache would miss moves in place, and keep displaced weights alive.
+    """
     before = torch.is_autocast_cache_enabled()
     try:
         try:
@@ -251,51 +261,53 @@ def no_autocast_cache() -> Iterator[None]:
         torch.set_autocast_cache_enabled(before)  # again, since Ctrl-C may have come as the first call began
 
 
-def large_tables(module: nn.Module, moving: Sequence[Tensor]) -> nn.ModuleList:
-    """The nn.Embedding modules whose tables move, are large, and belong to no other module: see `LARGE`.
+def large_tables(module: nn.Module, perturbed: Sequence[Tensor]) -> nn.ModuleList:
+    """The nn.Embedding modules whose tables are among these tensors, large, and not shared: see `LARGE`.
 
     Empty if any part of the module is compiled: a graph takes its weights as inputs.
     """
     modules = list(module.modules())
-    if any(map(_compiled, modules)):
+    if any(map(_is_compiled, modules)):
         return nn.ModuleList()
     owners = Counter(id(p) for m in modules for p in m._parameters.values() if p is not None)
-    wanted = {id(t) for t in moving if t.numel() >= LARGE and owners[id(t)] == 1}
+    large = {id(t) for t in perturbed if t.numel() >= LARGE and owners[id(t)] == 1}
     embeddings = (m for m in modules if isinstance(m, nn.Embedding) and m.max_norm is None)
-    return nn.ModuleList(m for m in embeddings if id(m._parameters.get("weight")) in wanted)
+    return nn.ModuleList(m for m in embeddings if id(m._parameters.get("weight")) in large)
 
 
 def refuse_writers(module: nn.Module) -> None:
-    """Raises TypeError and ValueError for modules whose weights cannot be replaced, or that write them."""
+    """Raise TypeError for scripted modules, ValueError for modules that write their weights in a forward pass."""
     modules = list(module.modules())
     if any(isinstance(m, torch.jit.ScriptModule) for m in modules):
-        raise TypeError("cannot evaluate a scripted module at other weights than its own: pass the module as it was")
+        raise TypeError(
+            "cannot evaluate a scripted module at other weights than its own: pass the module that it was scripted from"
+        )
     if any(getattr(m, "max_norm", None) is not None for m in modules):
         raise ValueError("an embedding with max_norm writes its weights in every forward pass: set max_norm=None")
 
 
 @no_autocast_cache()
 def refuse_references(module: nn.Module, inputs: Inputs) -> None:
-    """Raises ValueError for a module that reads a weight by another reference, such as one in a list, or by a view.
+    """Raise ValueError for a module that reads a weight by another reference, such as one in a list, or by a view.
 
-    Only reading a weight from the module that has it gives the displaced one. To see whether anything else is read, all
-    trainable weights are NaN during a pass in which their modules read copies. Afterwards they hold the same bits.
+    Only reading a weight from the module that has it gives the displaced one. As a test, a pass runs in which all
+    trainable weights are NaN and their modules read copies instead. Afterwards the weights have the same bits.
     """
     refuse_writers(module)
     weights = [p for p in module.parameters() if p.requires_grad]
     with evaluating(module):
-        copies = [nn.Parameter(p.detach().clone()) for p in weights]  # of their class: see `Displacement.whole`
-        want = call(module, inputs)
+        copies = [nn.Parameter(p.detach().clone()) for p in weights]  # they require grad: see `Displacement.whole`
+        expected = call(module, inputs)
         try:
             for weight in weights:
                 weight.fill_(math.nan)
-            with displaced(module, Copies(weights, copies)):
-                found = call(module, inputs)
+            with displaced(module, WeightCopies(weights, copies)):
+                output = call(module, inputs)
         finally:
             with uninterrupted():
                 for weight, copy in zip(weights, copies, strict=True):
                     weight.copy_(copy)
-    if not torch.equal(found, want):
+    if not torch.equal(output, expected):
         raise ValueError(
             "the client half reads a weight by a reference of its own, such as one in a list, or by a view of it: it"
             " could not be evaluated at other weights than its own. Let it read the weight from the module that has it"
@@ -305,14 +317,14 @@ def refuse_references(module: nn.Module, inputs: Inputs) -> None:
 @torch.no_grad()
 @no_autocast_cache()
 def evaluate_displaced(module: nn.Module, inputs: Inputs, displacement: Displacement) -> Any:
-    """f(inputs; th + s * u), with the bits of `functional_call` on a displaced copy of the module.
+    """Compute f(inputs; th + s * u), with the bits of `functional_call` on a displaced copy of the module.
 
-    In memory is one displaced weight at a time; of an nn.Embedding the rows that occur. An nn.LSTM, GRU or RNN keeps
-    all its weights to the end of the pass, and so does a compiled module. Assignments to parameters in the forward pass
-    are dropped. Not safe while another thread runs the module.
+    One displaced weight at a time is in memory, and of an nn.Embedding only the rows that are looked up. An nn.LSTM,
+    GRU or RNN keeps all its weights to the end of the pass, and so does a compiled module. Assignments to parameters in
+    the forward pass are dropped. Not safe while another thread runs the module.
 
     Raises: TypeError for scripted modules; ValueError for embeddings with max_norm, which write their weights;
-    RuntimeError where the forward pass writes an embedding's table otherwise.
+    RuntimeError if the forward pass writes an embedding's table in another way.
     """
     refuse_writers(module)
     with displaced(module, displacement):

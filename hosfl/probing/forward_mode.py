@@ -1,9 +1,9 @@
 """Forward mode: directional derivatives of a module with respect to its weights, without a step and its error.
 
-Every weight that moves is read as a dual number th + eps * u. u is made by the noise kernel when a layer reads the
-weight, and freed when the layer is done: that takes the memory of one layer's weights, and of every activation twice.
-eps^2 = 0, so that the coefficient of eps in the output is J u, up to the rounding of one forward pass. Weights are only
-read.
+Every perturbed weight is read as a dual number th + eps * u with eps^2 = 0. The coefficient of eps in the output is
+then J u, up to the rounding of one forward pass. The noise kernel makes u when a layer reads the weight, and it is
+freed when the layer has run: that takes the memory of one layer's weights, and of every activation twice. Weights are
+only read.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from hosfl.probing.displaced import Displacement, displaced, no_autocast_cache, 
 
 
 class Tangents(Displacement):
-    """Reads th_t as the dual number of th_t and factor_t * z(seed, stream_t)."""
+    """Makes the dual number of th_t and factor_t * z(seed, stream_t) for a parameter t when it is read."""
 
     def __init__(
         self,
@@ -36,12 +36,12 @@ class Tangents(Displacement):
 
     def _make(self, parameter: Tensor) -> Tensor:
         tangent = _zeros(parameter, parameter.shape)
-        self._move([tangent], parameter, [0])
+        self._perturb([tangent], parameter, [0])
         return forward_ad.make_dual(parameter.detach(), tangent.to(parameter.dtype))
 
     def _make_rows(self, table: Tensor, numbers: Tensor) -> Tensor:
         tangents = _zeros(table, (len(numbers), table.shape[1]))
-        self._move_rows(tangents, table, numbers)
+        self._perturb_rows(tangents, table, numbers)
         return forward_ad.make_dual(table.detach()[numbers], tangents.to(table.dtype))
 
     def table(self, parameter: Tensor) -> Tensor:
@@ -49,19 +49,20 @@ class Tangents(Displacement):
 
 
 def _zeros(like: Tensor, shape: Sequence[int]) -> Tensor:
-    """Zeros for the kernels to write a direction into, float32 for float64 weights."""
+    """Zeros into which the kernels write a direction; float32 for float64 weights."""
     dtype = torch.float32 if like.dtype == torch.float64 else like.dtype
     return torch.zeros(shape, dtype=dtype, device=like.device)
 
 
 class DualTable(Tensor):
-    """An embedding's weight as dual numbers; a lookup makes only the rows that it needs."""
+    """An embedding's weight as dual numbers. A lookup makes only the rows that it needs."""
 
     parameter: Tensor
     tangents: Tangents
 
     @staticmethod
     def of(parameter: Tensor, tangents: Tangents) -> DualTable:
+        """The table in place of an nn.Embedding's weight."""
         table: DualTable = parameter.detach().as_subclass(DualTable)
         table.parameter, table.tangents = parameter, tangents
         return table
@@ -74,21 +75,22 @@ class DualTable(Tensor):
         if function is nn.functional.embedding and isinstance(table := args[1], DualTable):
             rows, positions = table.tangents.rows(table.parameter, args[0])
             return nn.functional.embedding(positions, rows)
-        if getattr(function, "__name__", "") == "__get__":  # dtype, shape, device: no numbers
+        if getattr(function, "__name__", "") == "__get__":  # attributes such as dtype and shape, which need no values
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **kwargs)
         return function(*map(_whole, args), **{name: _whole(value) for name, value in kwargs.items()})
 
 
 def _whole(value: Any) -> Any:
+    """Replace a DualTable by the whole table; return any other value as it is."""
     return value.tangents.whole(value.parameter) if isinstance(value, DualTable) else value
 
 
 @contextmanager
 def differentiable() -> Iterator[None]:
-    """Replace fused attention, which has no forward-mode derivative, by the products and softmax that it consists of.
+    """Context manager: replace fused attention, which has no forward-mode derivative, by matrix products and a softmax.
 
-    Raises ValueError where an operation in the block has none.
+    Raises ValueError for an operation in the block that has none either.
     """
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -107,13 +109,13 @@ def differentiable() -> Iterator[None]:
 @torch.no_grad()
 @no_autocast_cache()
 def derivative(module: nn.Module, inputs: Inputs, tangents: Tangents) -> Tensor:
-    """J u, the derivative of the module's output along one direction: the output's shape and dtype.
+    """Compute J u, the derivative of the module's output along one direction, in the output's shape and dtype.
 
     inputs: a tensor, a tuple of positional arguments or a mapping of keyword arguments.
 
     Raises: TypeError and ValueError as `evaluate_displaced`; ValueError for an operation without a forward-mode
-    derivative, such as one of an extension, or torch's grouped matrix product of experts: use differences there, or
-    tell transformers' model `set_experts_implementation("eager")`.
+    derivative, such as an extension's, or torch's grouped matrix product of experts: use differences there, or call
+    `set_experts_implementation("eager")` on transformers' model.
     """
     refuse_writers(module)
     with forward_ad.dual_level(), differentiable(), displaced(module, tangents):

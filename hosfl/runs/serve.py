@@ -168,8 +168,8 @@ def _edge_files(federation: Federation, half: nn.Module) -> tuple[dict[str, byte
     description |= {"gradient": None if gradient is None else _sha256(gradient), "digest": list(digested_tensors(half))}
     description |= {"running": running, "statistics": None}
     if running:
-        by_batch = require("hosfl.edge.by_batch", "a server of clients without torch", "export")
-        files[edge.STATISTICS] = statistics = by_batch.export_statistics(half, sample, limits)
+        batch_statistics = require("hosfl.edge.batch_statistics", "a server of clients without torch", "export")
+        files[edge.STATISTICS] = statistics = batch_statistics.export_statistics(half, sample, limits)
         description["statistics"] = _sha256(statistics)
     return files, description
 

@@ -1,6 +1,7 @@
 """The Triton backend: kernels for CUDA, and for CPU tensors in Triton's interpreter (TRITON_INTERPRET=1).
 
-Imports without triton and without a GPU; calls then raise RuntimeError. Arguments are validated by ops.py.
+This package can be imported without triton and without a GPU; calls then raise RuntimeError. Arguments are validated by
+ops.py.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ from typing import Any
 
 
 def module(name: str) -> Any:
-    """A module of this folder, imported when it is needed: it needs triton, which takes a second to import."""
+    """Import a module of this package. It needs triton, which takes a second to import, so this happens at first use.
+
+    Raises RuntimeError without triton.
+    """
     try:
         return importlib.import_module(f".{name}", __name__)
     except ModuleNotFoundError as error:
@@ -36,17 +40,17 @@ def describe() -> str | None:
 
 
 def each_size() -> Iterator[str]:
-    """The size classes one after another: until the next, launches of any size take the shapes of this one.
+    """Yield the size classes. Until the next one, launches of any size take the shapes of the current one.
 
-    A single one, "all", where this GPU's table makes no difference between them.
+    Yields only "all" if this GPU's table does not distinguish them.
     """
     launch, choices = module("launch"), module("choices")
     capability = launch.capability(launch.torch.device("cpu" if launch.INTERPRETED else "cuda"))
     shapes = {size: choices.shapes_for(capability, size) for size in choices.SIZES}
-    if all(each == shapes["small"] for each in shapes.values()):
+    if all(shape == shapes["small"] for shape in shapes.values()):
         shapes = {"all": shapes["small"]}
-    for size, each in shapes.items():
-        with launch.override_shapes(each):
+    for size, shape in shapes.items():
+        with launch.override_shapes(shape):
             yield size
 
 
@@ -56,10 +60,11 @@ def philox_words(key: int, counter: tuple[int, int, int, int]) -> tuple[int, ...
     return words
 
 
-MODULES: list[str] = []  # of the ops
+MODULES: list[str] = []  # the names of the ops' modules
 
 
 def _op(name: str, module_name: str) -> Callable[..., Any]:
+    """Return a function that calls an op of a module, which is imported at the first call."""
     MODULES.append(module_name)
 
     def call(*arguments: Any) -> Any:

@@ -2,12 +2,12 @@
 
     python -m benchmarks.gpu --sweep
 
-times shapes on a GPU and writes a choices.json. Until a GPU has run that, the table is empty and says "not measured",
-and every launch takes its default. What a kernel writes to weights does not depend on its shape; the float32 sums of
+times shapes on a GPU and writes a choices.json. Until that was run, the table is empty and says "not measured", and
+every launch takes its default. What a kernel writes to weights does not depend on its shape; the float32 sums of
 `project` are added in another order.
 
-An entry has the compute capability (90 for sm_90), the kernel by its name in offline.py, the size class, the shape, and
-the GPU and the versions that measured it.
+An entry has the compute capability (90 for sm_90), the kernel's name as in offline.py, the size class, the shape, and
+the GPU and the versions with which it was measured.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ PATH = Path(__file__).with_name("choices.json")
 
 
 class Shape(NamedTuple):
-    """A program's tile: its number of blocks of rows (each shares its random words), of columns, and of warps."""
+    """A program's tile: its numbers of blocks of rows (the rows of one share random words), columns, and warps."""
 
     blocks: int
     width: int
     num_warps: int
 
 
-# By the elements of all tensors of a launch. A launch that can't fill the GPU with programs wants smaller tiles. 2,112
-# programs of 128 threads fill an H100 (132 multiprocessors of 2,048 threads each). A default tile has 2^11 to 2^13
-# elements, so that up to 2^22 elements no kernel fills that GPU, and beyond 2^24 all do.
+# Classes by the elements of all tensors of a launch. One that can't fill the GPU with programs needs smaller tiles.
+# 2,112 programs of 128 threads fill an H100 (132 multiprocessors of 2,048 threads each). A default tile has 2^11 to
+# 2^13 elements, so that up to 2^22 elements no kernel fills that GPU, and beyond 2^24 all do.
 SIZES = ("small", "large")
 SMALL = 2**22
 
@@ -45,8 +45,8 @@ def size_of(elements: int) -> str:
 
 def kernels() -> dict[str, tuple[Any, Any]]:
     """(kernel, kind) by name, for every kernel and every kind of tensors that it takes: see launch.py."""
-    every = (kernel for op in MODULES for kernel in module(op).KERNELS)
-    return {f"{kernel.name}-{kind}": (kernel, kind) for kernel in every for kind in kernel.kinds}
+    all_kernels = (kernel for op in MODULES for kernel in module(op).KERNELS)
+    return {f"{kernel.name}-{kind}": (kernel, kind) for kernel in all_kernels for kind in kernel.kinds}
 
 
 def shapes_for(capability: int | None, size: str) -> Mapping[str, Shape]:
@@ -56,11 +56,15 @@ def shapes_for(capability: int | None, size: str) -> Mapping[str, Shape]:
 
 @functools.cache
 def _table() -> dict[tuple[int | None, str], dict[str, Shape]]:
+    """The table of choices.json, read once."""
     return read(PATH)
 
 
 def read(path: Path) -> dict[tuple[int | None, str], dict[str, Shape]]:
-    """(compute capability, size class) -> kernel's name -> shape. Raises ValueError, which names file and entry."""
+    """Read a table: shapes by kernel's name, by (compute capability, size class).
+
+    Raises ValueError, which names file and entry.
+    """
     known = kernels()
     table: dict[tuple[int | None, str], dict[str, Shape]] = {}
     try:
@@ -81,7 +85,7 @@ def read(path: Path) -> dict[tuple[int | None, str], dict[str, Shape]]:
 
 
 def _parse_entry(entry: Any, known: Mapping[str, tuple[Any, Any]]) -> tuple[str, Shape]:
-    """The kernel's name and the shape of an entry. Raises ValueError, TypeError, KeyError."""
+    """Check an entry, and return (the kernel's name, the shape). Raises ValueError, TypeError, KeyError."""
     capability, name, size = entry["capability"], entry["kernel"], entry["size"]
     shape = Shape(*(entry[field] for field in Shape._fields))
     if type(capability) is not int or capability < 10:
@@ -93,6 +97,6 @@ def _parse_entry(entry: Any, known: Mapping[str, tuple[Any, Any]]) -> tuple[str,
     if missing := {"gpu", "torch", "triton"} - {*entry["measured"]}:
         raise ValueError(f"what measured it lacks {', '.join(sorted(missing))}")
     kernel, kind = known[name]
-    if (why := kernel.why_impossible(kind, shape)) is not None:
-        raise ValueError(f"{name} can't have {shape}: {why}")
+    if (reason := kernel.impossible_reason(kind, shape)) is not None:
+        raise ValueError(f"{name} can't have {shape}: {reason}")
     return name, shape

@@ -1,6 +1,6 @@
 """Launching kernels: variants with their constants and options, and the tables that assign tiles to programs.
 
-The kernel of an op and its variants are in the op's own module.
+Each op's kernel and variants are in the op's own module.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from .tile import FIELDS
 
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 
-# The interpreter is chosen when triton decorates a kernel, by TRITON_INTERPRET.
+# TRITON_INTERPRET selects the interpreter when triton decorates a kernel.
 INTERPRETED = not isinstance(words, triton.runtime.JITFunction)
 
 if INTERPRETED and TRITON < (3, 7):
-    # `range(n)` in a kernel is int() of an array [1], which numpy refuses from 2.4 on; Triton 3.7 asks for its element.
+    # `range(n)` in a kernel calls int() on an array [1], which numpy refuses from 2.4 on. Triton 3.7 reads its element.
     from triton.runtime import interpreter
 
     def _patch_tensor(tensor: Any, *scope: Any, patch: Any = interpreter._patch_lang_tensor) -> None:
@@ -44,7 +44,7 @@ if INTERPRETED and TRITON < (3, 7):
 # bfloat16 is loaded and stored as integers: see rounding.py.
 CELLS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.uint16}
 
-# Fusion would round a product and a sum once instead of twice; nothing here is worth pipelining through shared memory.
+# Fusion would round a product and a sum once instead of twice. No loop gains from pipelining through shared memory.
 OPTIONS = {"enable_fp_fusion": False, "num_stages": 1}
 
 
@@ -56,11 +56,12 @@ class Variant(NamedTuple):
     num_warps: int
 
     def programs(self, n: int, start: int) -> int:
-        """How many programs n elements from `start` on take: one per tile. Tiles are aligned to the noise's blocks."""
+        """The number of programs, one per tile, for n elements from `start` on. Tiles are aligned to noise blocks."""
         span = self.constants["BLOCKS"] * self.constants["INNER"] * spec.COLS
         return (start % span + n + span - 1) // span * (spec.COLS // self.constants["WIDTH"])
 
     def launch(self, programs: int, *arguments: Any) -> None:
+        """Launch the kernel with this number of programs."""
         self.kernel[(programs,)](*arguments, **self.constants, num_warps=self.num_warps, **OPTIONS)
 
     def compile(self, *arguments: Any) -> Any:
@@ -69,20 +70,20 @@ class Variant(NamedTuple):
         return None if INTERPRETED else self.kernel.run(*arguments, grid=(1,), warmup=True, **options)
 
     def spills(self, *arguments: Any) -> int:
-        """How many 32-bit registers a thread spills to memory, as the driver counts them; 0 in the interpreter."""
+        """The number of 32-bit registers that a thread spills to memory, by the driver; 0 in the interpreter."""
         if (compiled := self.compile(*arguments)) is None:
             return 0
-        compiled._init_handles()  # as Triton's tutorials do: the driver knows it once the kernel is loaded
+        compiled._init_handles()  # as in Triton's tutorials: loads the kernel, after which the driver knows the number
         return compiled.n_spills
 
 
 def inner(dist: str) -> int:
-    """How many rows share their random words: a program's loop loads so many at a time."""
+    """The number of rows that share their random words; a program's loop loads them together."""
     return {"rademacher": spec.ROUNDING_ROWS, "gaussian": spec.GAUSSIAN_ROWS}[dist]
 
 
 class Kind(NamedTuple):
-    """What a variant is compiled for: dtype, distribution, and stochastic rounding, which is for bfloat16 only."""
+    """The kind of tensors and noise of a variant: dtype, distribution, and stochastic rounding (bfloat16 only)."""
 
     dtype: torch.dtype
     dist: str
@@ -110,8 +111,12 @@ def tile_constants(kind: Kind, shape: Shape) -> dict[str, int]:
 class Kernel:
     """A kernel of an op, with a variant for every kind of tensors and shape. `plan` caches by its identity.
 
-    variant: makes the variant, the same object for the same arguments. default: the shape where choices.json names
-    none. wide: whether a thread takes 16 bytes of every row of a tile; otherwise it takes one column or more.
+    Attributes:
+        name: its name in choices.json, before the kind.
+        variant: returns the variant, the same object for the same arguments.
+        default: the shape for a kind if choices.json has none.
+        wide: whether a thread accesses 16 bytes of every row of a tile; otherwise it has one column or more.
+        kinds: the kinds that it is compiled for.
     """
 
     name: str
@@ -121,7 +126,7 @@ class Kernel:
     kinds: Sequence[Kind] = KINDS
 
     def variant_for(self, kind: Kind, elements: int, device: torch.device) -> Variant:
-        """The variant for a launch over tensors of so many elements together."""
+        """The variant for a launch over tensors with this total number of elements."""
         shapes = (
             choices.shapes_for(capability(device), choices.size_of(elements))
             if _shape_override is None
@@ -129,8 +134,8 @@ class Kernel:
         )
         return self.variant(kind, shapes.get(f"{self.name}-{kind}") or self.default(kind))
 
-    def why_impossible(self, kind: Kind, shape: Shape) -> str | None:
-        """Why the kernel can't have this shape, or None."""
+    def impossible_reason(self, kind: Kind, shape: Shape) -> str | None:
+        """Why the kernel can't have this shape; None if it can."""
         if any(type(x) is not int or x < 1 or x & (x - 1) for x in shape):
             return "each number is a power of two"
         if (rows := shape.blocks * inner(kind.dist)) > spec.RADEMACHER_ROWS:
@@ -148,7 +153,7 @@ _shape_override: Mapping[str, Shape] | None = None
 
 @contextlib.contextmanager
 def override_shapes(shapes: Mapping[str, Shape]) -> Iterator[None]:
-    """Context manager: launches of any size take these shapes, or their defaults. For checks and timings."""
+    """Context manager: launches of any size take these shapes, or else their defaults. For checks and timings."""
     global _shape_override
     before, _shape_override = _shape_override, shapes
     cached_launches.cache_clear()
@@ -168,7 +173,7 @@ def capability(device: torch.device) -> int | None:
 
 
 def float_bits(values: Any) -> np.ndarray:
-    """The bits of float32 values as int32, as tables and arguments have them."""
+    """Round values to float32, and return the bits as int32, as in tables and arguments."""
     with np.errstate(over="ignore"):
         return np.asarray(values, np.float64).astype(np.float32).view(np.int32)
 
@@ -179,11 +184,11 @@ def float_bits_on_device(values: torch.Tensor) -> torch.Tensor:
 
 
 class Launch(NamedTuple):
-    """One launch for the tensors of one dtype: rows of int64 and every program's row (int32), on the device.
+    """One launch for the tensors of one dtype, with its tables on the device.
 
-    A row: address, elements, start, stream, bits of the float32 factor, number of the tensor's first program, and the
-    addresses of up to two moments.
-    A program reads which row is its own instead of searching: 4 bytes beside the 4 KB of its tile or more.
+    rows: int64, one row per tensor: address, elements, start, stream, bits of the float32 factor, number of the
+    tensor's first program, and the addresses of up to two moments. row_of_program: int32, the row of each program's
+    tensor. Reading it costs 4 bytes beside the tile's 4 KB or more, and saves a search.
     """
 
     variant: Variant
@@ -194,7 +199,7 @@ class Launch(NamedTuple):
         self.variant.launch(len(self.row_of_program), self.rows, self.row_of_program, *arguments)
 
     def compile(self, *arguments: Any) -> None:
-        """Compile what a call with these arguments runs, unless that was done before."""
+        """Compile the kernel for a call with these arguments, unless that was done before."""
         if (key := (id(self.variant), self.rows.device)) not in _compiled:
             self.variant.compile(self.rows, self.row_of_program, *arguments)
             _compiled.add(key)
@@ -204,7 +209,7 @@ _compiled: set[tuple[int, torch.device]] = set()
 
 
 def run(launches: Sequence[Launch], *arguments: Any) -> None:
-    """Launch all, once all are compiled: a failed compilation must not leave some of the tensors changed."""
+    """Compile all launches, then run them: a failed compilation must not leave some of the tensors changed."""
     if len(launches) > 1:
         for launch in launches:
             launch.compile(*arguments)
@@ -213,7 +218,7 @@ def run(launches: Sequence[Launch], *arguments: Any) -> None:
 
 
 class Launches(list[Launch]):
-    """The launches for one list of tensors. A subclass, because a plain list takes no weak references."""
+    """The launches for one list of tensors. A subclass, because a plain list does not support weak references."""
 
 
 def plan(
@@ -223,10 +228,10 @@ def plan(
     stochastic: bool = False,
     moments: Sequence[Sequence[torch.Tensor]] = (),
 ) -> Launches:
-    """The launches for a list of tensors, cached.
+    """Return the launches for a list of tensors, cached.
 
-    Each stream has tables of its own, which it alone fills and reads. A CUDA graph is captured on yet another stream.
-    It takes the tables of any stream: it is replayed after the call that made them, and holds on to them.
+    Each stream has its own tables, which it alone fills and reads. A CUDA graph is captured on another stream. It uses
+    the tables of any stream, since it is replayed after the call that made them; they are kept for it.
     """
     device = tensors[0].device
     key = (
@@ -237,7 +242,7 @@ def plan(
         tuple([x.dtype for x in tensors]),
         tuple([x.data_ptr() for x in tensors]),
         tuple([x.numel() for x in tensors]),
-        tuple([tuple([x.data_ptr() for x in kept]) for kept in moments]),
+        tuple([tuple([x.data_ptr() for x in moment]) for moment in moments]),
     )
     if transfer.is_capturing(device):
         if key not in captured_launches:
@@ -248,13 +253,13 @@ def plan(
 
 
 def _live_launches_of(key: tuple[Any, ...]) -> Launches:
-    if key not in live_launches:
-        # An evicted one counts as a first call: see `cached_launches`.
+    """Return existing launches of any stream. Raises RuntimeError if there are none."""
+    if key not in live_launches:  # also if the cache has evicted them: see `cached_launches`
         raise RuntimeError("a CUDA graph can't capture the first call with these tensors: make it once right before")
     return live_launches[key]
 
 
-# The cached launches by key, without the stream.
+# The existing launches by the cache's key without the stream.
 live_launches: weakref.WeakValueDictionary[tuple[Any, ...], Launches] = weakref.WeakValueDictionary()
 
 
@@ -262,10 +267,10 @@ _table_bytes = 0  # bytes of the tables made since the cache was last empty
 
 
 def table_budget(device: torch.device) -> int:
-    """The most bytes that cached tables may take.
+    """The limit for the bytes of cached tables.
 
-    Those of a list take a thousandth of its tensors, or 1 KB: for lists at new addresses in every call they would grow
-    to the size of the tensors themselves.
+    The tables of a list take a thousandth of its tensors' memory, or 1 KB. Without a limit they would grow to the size
+    of the tensors themselves if lists have new addresses in every call.
     """
     return torch.cuda.get_device_properties(device).total_memory // 64 if device.type == "cuda" else 2**26
 
@@ -289,20 +294,20 @@ def cached_launches(
     global _table_bytes
     launches = Launches()
     for dtype in CELLS:
-        mine = [i for i, n in enumerate(sizes) if n and dtypes[i] == dtype]
-        if not mine:
+        members = [i for i, n in enumerate(sizes) if n and dtypes[i] == dtype]
+        if not members:
             continue
         kind = Kind(dtype, place.dist, stochastic and dtype == torch.bfloat16)
-        variant = kernel.variant_for(kind, sum(sizes[i] for i in mine), device)
-        rows = np.zeros((len(mine), FIELDS.value), np.int64)
+        variant = kernel.variant_for(kind, sum(sizes[i] for i in members), device)
+        rows = np.zeros((len(members), FIELDS.value), np.int64)
         columns = (addresses, sizes, place.starts, place.streams, float_bits(place.factors))
         for field, column in enumerate(columns):
-            rows[:, field] = [column[i] for i in mine]
-        programs = np.array([variant.programs(sizes[i], place.starts[i]) for i in mine])
+            rows[:, field] = [column[i] for i in members]
+        programs = np.array([variant.programs(sizes[i], place.starts[i]) for i in members])
         rows[:, 5] = np.cumsum(programs) - programs
-        for k, kept in enumerate(moments):
-            rows[:, 6 + k] = [kept[i] for i in mine]
-        row_of_program = np.repeat(np.arange(len(mine), dtype=np.int32), programs)
+        for k, moment_addresses in enumerate(moments):
+            rows[:, 6 + k] = [moment_addresses[i] for i in members]
+        row_of_program = np.repeat(np.arange(len(members), dtype=np.int32), programs)
         launches.append(
             Launch(variant, transfer.copy_to_device(rows, device), transfer.copy_to_device(row_of_program, device))
         )
@@ -316,12 +321,12 @@ def cached_launches(
 
 
 def seed_bits(seeds: Sequence[int]) -> np.ndarray:
-    """The bits of seeds as int64, as tables have them."""
+    """Return the bits of seeds as int64, as in tables."""
     return np.array(seeds, np.uint64).view(np.int64)
 
 
 def device_context(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """The context to launch in, for tensors of `device`; refuses tensors that the kernels can't reach."""
+    """Return the context manager to launch in. Raises RuntimeError for a device that the kernels can't access."""
     if INTERPRETED:
         if device.type != "cpu":
             raise RuntimeError(f"TRITON_INTERPRET=1: the Triton backend takes CPU tensors, not {device}")
@@ -331,7 +336,7 @@ def device_context(device: torch.device) -> contextlib.AbstractContextManager[An
     return torch.cuda.device(device)
 
 
-# A captured graph reads its tables at every replay, also after the cache has evicted them. One entry per list.
+# Launches captured by CUDA graphs, which read the tables at every replay, also after the cache has evicted them.
 captured_launches: dict[tuple[Any, ...], Launches] = {}
 
 

@@ -18,7 +18,7 @@ RADEMACHER_ROWS = tl.constexpr(spec.RADEMACHER_ROWS)
 GAUSSIAN_ROWS = tl.constexpr(spec.GAUSSIAN_ROWS)
 TAG_RADEMACHER = tl.constexpr(spec.TAG_RADEMACHER)
 TAG_GAUSSIAN = tl.constexpr(spec.TAG_GAUSSIAN)
-# log(u) times -2, which changes no rounding and leaves out a product.
+# Coefficients for -2 log(u): a power of two changes no rounding, and saves a product.
 LOG = tl.constexpr(tuple(-2 * float(c) for c in spec.LOG))
 LN2 = tl.constexpr(-2 * float(spec.LN2))
 SIN = tl.constexpr(tuple(float(c) for c in spec.SIN))
@@ -27,6 +27,7 @@ COS = tl.constexpr(tuple(float(c) for c in spec.COS))
 
 @triton.jit
 def horner(COEFFICIENTS: tl.constexpr, COUNT: tl.constexpr, z):
+    """The value at z of a polynomial with COUNT coefficients, lowest power first."""
     p = z * COEFFICIENTS[COUNT - 1] + COEFFICIENTS[COUNT - 2]
     for i in tl.static_range(3, COUNT + 1):
         p = p * z + COEFFICIENTS[COUNT - i]
@@ -35,8 +36,10 @@ def horner(COEFFICIENTS: tl.constexpr, COUNT: tl.constexpr, z):
 
 @triton.jit
 def box_muller(a, b):
-    """Two words to two standard normal numbers, operation by operation as in spec.py, but that u is 2^32 times as large
-    and its logarithm times -2: powers of two change no rounding."""
+    """Two standard normal numbers from two words, operation by operation as in spec.py.
+
+    Here u is 2^32 times as large, and its logarithm is multiplied by -2: powers of two change no rounding.
+    """
     u = a.to(tl.float32) + 0.5
     bits = u.to(tl.int32, bitcast=True) - 0x4F3504F3
     f = ((bits & 0x7FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True) - 1.0
@@ -54,7 +57,7 @@ def box_muller(a, b):
 
 @triton.jit
 def sign_words(seed, stream, first_row, col):
-    """The words of the signs of 128 rows, to be made once for all of a program's rows."""
+    """The random words for the signs of 128 rows, made once for all of a program's rows."""
     return column_words(seed, stream, first_row, col, RADEMACHER_ROWS, TAG_RADEMACHER)
 
 
@@ -62,7 +65,8 @@ def sign_words(seed, stream, first_row, col):
 def signed(s, a, b, c, d, first_row, outer, inner):
     """s * z: s with its sign flipped where the cell's bit of the words is 1.
 
-    Rows outer + inner count from first_row, and fewer than 32 of them in a word, or 32 from its first bit on.
+    Rows outer + inner are relative to first_row. A tile has fewer than 32 rows of one word, or all 32 from its first
+    bit on.
     """
     index = (first_row // 32 % 4).to(tl.int32) + outer // 32
     word = tl.where(index < 2, tl.where(index == 0, a, b), tl.where(index == 2, c, d))
@@ -95,6 +99,7 @@ def write_noise(
     WIDTH: tl.constexpr,
     FULL: tl.constexpr,
 ):
+    """Write a tile of noise to `address`. FULL: see `tile.is_full`."""
     outer, inner, lane = rows_and_columns(1, INNER, WIDTH)
     col = first_col + lane.to(tl.uint32)
     if DIST == "rademacher":
@@ -156,11 +161,13 @@ def noise(
 
 
 def default(kind: Kind) -> Shape:
+    """Tiles as `perturb_` has them for float32."""
     return Shape(blocks=2, width=512, num_warps=4)
 
 
 @functools.cache
 def variant(kind: Kind, shape: Shape) -> Variant:
+    """The variant for this kind and shape."""
     return Variant(noise, {"DIST": kind.dist, **tile_constants(kind, shape)}, shape.num_warps)
 
 
@@ -172,5 +179,5 @@ def noise_(out: torch.Tensor, seed: int, place: Place) -> None:
     """Fill the float32 tensor `out` with the noise of `seed`."""
     with device_context(out.device):
         if n := out.numel():
-            start, chosen = place.starts[0], KERNEL.variant_for(Kind(torch.float32, place.dist), n, out.device)
-            chosen.launch(chosen.programs(n, start), out.data_ptr(), n, start, place.streams[0], seed)
+            start, launched = place.starts[0], KERNEL.variant_for(Kind(torch.float32, place.dist), n, out.device)
+            launched.launch(launched.programs(n, start), out.data_ptr(), n, start, place.streams[0], seed)

@@ -1,7 +1,7 @@
-"""Compile every kernel variant for a GPU that isn't here: `python -m hosfl_kernels.gpu.offline DIRECTORY 80 90`.
+"""Compile every kernel variant without a GPU: `python -m hosfl_kernels.gpu.offline DIRECTORY 80 90`.
 
-Kernels, constants and options are the launcher's own. Nothing is specialised on an argument's value, so these are the
-binaries that a launch makes.
+Kernels, constants and options are those of launches. Nothing is specialised on an argument's value, so these are the
+same binaries that a launch compiles.
 """
 
 from __future__ import annotations
@@ -20,19 +20,21 @@ from .launch import INTERPRETED, OPTIONS, Variant
 
 
 def variants(capability: int | None = None) -> dict[str, Variant]:
-    """Every variant that a call can reach, by name: the defaults, and as NAME@SIZE what choices.json names for GPUs of
-    this compute capability."""
+    """Every variant that a call can use, by name.
+
+    These are the defaults and, as NAME@SIZE, those with the shapes of choices.json for this compute capability.
+    """
     kernels = choices.kernels()
-    found = {name: kernel.variant(kind, kernel.default(kind)) for name, (kernel, kind) in kernels.items()}
+    result = {name: kernel.variant(kind, kernel.default(kind)) for name, (kernel, kind) in kernels.items()}
     for size in choices.SIZES:
         for name, shape in choices.shapes_for(capability, size).items():
             kernel, kind = kernels[name]
-            found[f"{name}@{size}"] = kernel.variant(kind, shape)
-    return found
+            result[f"{name}@{size}"] = kernel.variant(kind, shape)
+    return result
 
 
 def compile_variant(variant: Variant, capability: int) -> Any:
-    """The compiled kernel (its `asm` holds ptx and cubin) for compute capability 80, 90, ..."""
+    """Compile a variant for compute capability 80, 90, ... The result's `asm` holds ptx and cubin."""
     if INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET=1 replaces the compiler: unset it to compile")
     parameters = inspect.signature(variant.kernel.fn).parameters
@@ -47,18 +49,19 @@ def compile_variant(variant: Variant, capability: int) -> Any:
 
 
 def _type(name: str, parameter: inspect.Parameter) -> str:
-    """How Triton writes an argument's type: integers have annotations, and tables are of int64 but for one."""
+    """Triton's name of an argument's type. Integers have annotations; tables are int64, except `row_of_program`."""
     if parameter.annotation is inspect.Parameter.empty:
         return "*i32" if name == "row_of_program" else "*i64"
     return str(parameter.annotation.name).replace("uint", "u").replace("int", "i")
 
 
 def compile_all(capability: int) -> dict[str, Any]:
-    """Every variant by name."""
+    """Compile every variant. Returns the compiled kernels by name."""
     return {name: compile_variant(variant, capability) for name, variant in variants(capability).items()}
 
 
 def main(directory: str, *capabilities: str) -> None:
+    """Write the ptx and cubin of every variant to DIRECTORY/sm_CAPABILITY."""
     for capability in capabilities:
         target = Path(directory) / f"sm_{capability}"
         target.mkdir(parents=True, exist_ok=True)

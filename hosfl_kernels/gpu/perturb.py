@@ -1,7 +1,7 @@
 """perturb_: x += scale * factor * z(seed), for all tensors of one dtype in one launch.
 
-Seed and scale are arguments of the kernel, or lie on the device as a record of `replay_` does: a CUDA graph then reads
-what is there when it is replayed.
+Seed and scale are arguments of the kernel, or are read from a record on the device, as by `replay_`: a CUDA graph then
+reads their current values when it is replayed.
 """
 
 import functools
@@ -40,6 +40,7 @@ def add_noise(
     WIDTH: tl.constexpr,
     FULL: tl.constexpr,
 ):
+    """Add s * z(seed) to the tile at `address`. FULL: see `tile.is_full`."""
     outer, inner, lane = rows_and_columns(1, INNER, WIDTH)
     col = first_col + lane.to(tl.uint32)
     if DIST == "rademacher":
@@ -75,7 +76,7 @@ def perturb(
     INNER: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """ON_DEVICE: seed, scale and rounding seed are those of the one record at `records`; see replay.py."""
+    """Add noise to all tensors. ON_DEVICE: read seed, scale and rounding seed from one record; see replay.py."""
     ROWS: tl.constexpr = BLOCKS * INNER
     SIZE: tl.constexpr = CELL.primitive_bitwidth // 8
     address, n, start, stream, factor, program = segment(table, row_of_program)
@@ -135,15 +136,17 @@ def perturb(
 
 
 def default(kind: Kind) -> Shape:
-    """Tiles of 512 columns, 16 bytes of each row to a thread.
+    """Tiles of 512 columns, with 16 bytes of each row per thread.
 
-    16 rows of signs spread a Philox call thin enough; 128 would leave most of a GPU idle on a tensor of a million.
+    16 rows of signs make the cost of a Philox call per element small enough. With 128 rows most of a GPU would be idle
+    for a tensor of a million elements.
     """
     return Shape(blocks=2, width=512, num_warps=512 * kind.dtype.itemsize // (16 * 32))
 
 
 @functools.cache
 def variant(on_device: bool, kind: Kind, shape: Shape) -> Variant:
+    """The variant for this kind and shape. on_device: see ON_DEVICE of the kernel."""
     constants = {"CELL": CELLS[kind.dtype], "DIST": kind.dist, "STOCHASTIC": kind.stochastic, "ON_DEVICE": on_device}
     return Variant(perturb, {**constants, **tile_constants(kind, shape)}, shape.num_warps)
 
@@ -159,5 +162,5 @@ def perturb_(tensors: Sequence[torch.Tensor], seed: int, scale: float, place: Pl
         return
     with device_context(tensors[0].device):
         launches = plan(BY_VALUE, tensors, place, rounding_seed is not None)
-        nowhere = launches[0].rows if launches else None
-        run(launches, nowhere, seed, int(float_bits(scale)), rounding_seed or 0)
+        unused_records = launches[0].rows if launches else None  # the kernel takes a pointer, and does not read it
+        run(launches, unused_records, seed, int(float_bits(scale)), rounding_seed or 0)

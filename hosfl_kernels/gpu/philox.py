@@ -1,6 +1,6 @@
 """Philox4x32-10 on tensors of counters, as in spec.py.
 
-The ten rounds are written out here because Triton's own `tl.philox` and `tl.rand` changed their stream in 3.4.
+The ten rounds are written here because Triton's own `tl.philox` and `tl.rand` changed their stream in 3.4.
 """
 
 import triton
@@ -31,7 +31,7 @@ def philox(seed, c0, c1, c2, c3):
 
 @triton.jit
 def column_words(seed, stream, row, col, ROWS: tl.constexpr, TAG: tl.constexpr):
-    """The words of columns `col` in the blocks of ROWS rows that hold the rows `row` (int64, broadcast with col)."""
+    """The words of columns `col` in the blocks of ROWS rows that contain the rows `row` (int64, broadcast with col)."""
     block = row // ROWS * COLS
     low = block.to(tl.uint32) + col.to(tl.uint32)  # block is a multiple of COLS: no carry into the high word
     high = (block >> 32).to(tl.uint32)
@@ -41,7 +41,7 @@ def column_words(seed, stream, row, col, ROWS: tl.constexpr, TAG: tl.constexpr):
 
 @triton.jit(do_not_specialize=["seed", "c0", "c1", "c2", "c3"])
 def words(out, seed: tl.uint64, c0: tl.uint32, c1: tl.uint32, c2: tl.uint32, c3: tl.uint32):
-    """One call, for checking against published words."""
+    """Write the four words of one counter to `out`, for a check against published words."""
     zero = tl.arange(0, 1).to(tl.uint32)
     four = philox(
         seed.to(tl.uint64),

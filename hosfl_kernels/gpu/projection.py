@@ -1,7 +1,7 @@
 """project: inner products with seeded directions, for all tensors of one dtype in one launch.
 
-As in replay.py a tile stays in registers while the seeds go by. A tile's sum is float32, of its columns first and then
-across threads, the one place where values cross them; torch adds the tiles in float64.
+As in replay.py a tile stays in registers for all seeds. A tile's sum is float32: first down its columns, and then
+across threads, which no other kernel does. torch adds the tiles' sums in float64.
 """
 
 import functools
@@ -34,7 +34,7 @@ def projection(
     INNER: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """At `sums` are float64 [count, programs], zeros; an empty tile leaves them so."""
+    """Write every tile's sums to `sums`, float64 [count, programs], which must be zeros: empty tiles write nothing."""
     ROWS: tl.constexpr = BLOCKS * INNER
     address, n, start, stream, factor, program = segment(table, row_of_program)
     first_row, first_col, at = locate(start, program, ROWS, WIDTH)
@@ -58,28 +58,29 @@ def projection(
 
 
 def default(kind: Kind) -> Shape:
-    """Tiles as replay has them."""
+    """Tiles as `replay_` has them."""
     return Shape({"rademacher": 8, "gaussian": 4}[kind.dist], width=128, num_warps=4)
 
 
 @functools.cache
 def variant(kind: Kind, shape: Shape) -> Variant:
+    """The variant for this kind and shape."""
     constants = {"CELL": CELLS[kind.dtype], "DIST": kind.dist}
     return Variant(projection, {**constants, **tile_constants(kind, shape)}, shape.num_warps)
 
 
-# Nothing is rounded to storage.
+# No stochastic kinds, since nothing is rounded to storage.
 KERNEL = Kernel("project", variant, default, kinds=[kind for kind in KINDS if not kind.stochastic])
 KERNELS = (KERNEL,)
 
 
-SUMS = 1 << 23  # of tiles, kept at a time: 64 MB
+SUMS = 1 << 23  # the number of tiles' sums in memory at a time: 64 MB
 
 
 def project(tensors: Sequence[torch.Tensor], seeds: Sequence[int], place: Place) -> torch.Tensor:
-    """<tensors, z(seed)> for every seed, in one pass over the tensors for as many seeds as keep a tile's sums in SUMS.
+    """<tensors, z(seed)> for every seed, float64 [R] on the CPU: the call waits for the device. Not for CUDA graphs.
 
-    The result is on the CPU: the call waits for the device. Not for CUDA graphs.
+    A pass over the tensors measures as many seeds as SUMS has room for.
     """
     if not tensors or not seeds:
         return torch.zeros(len(seeds), dtype=torch.float64, device="cpu")

@@ -1,8 +1,8 @@
 """replay_: many records in one pass over the weights, for all tensors of one dtype in one launch.
 
-A tile stays in registers while the records go by, rounded to the weights' dtype after each, so that the bits are those
-of one perturb_ after another. A thread holds one column of many rows: memory is touched once for all records, so wide
-accesses matter less here than making few random words.
+A tile stays in registers for all records, and is rounded to the weights' dtype after each, so that the bits are those
+of one perturb_ after another. A thread has one column of many rows: memory is accessed once for all records, so that
+wide accesses matter less than making few random words.
 """
 
 import functools
@@ -50,7 +50,7 @@ def replay(
     INNER: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """`records` holds `count` rows of int64: seed, bits of the float32 coefficient, rounding seed."""
+    """Apply `count` records to all tensors. A record is int64: seed, float32 coefficient's bits, rounding seed."""
     ROWS: tl.constexpr = BLOCKS * INNER
     address, n, start, stream, factor, program = segment(table, row_of_program)
     first_row, first_col, at = locate(start, program, ROWS, WIDTH)
@@ -76,12 +76,13 @@ def replay(
 
 
 def default(kind: Kind) -> Shape:
-    """Tiles of 128 columns, one to a thread: 64 rows of signs or 16 of normal numbers in registers."""
+    """Tiles of 128 columns, one per thread: 64 rows of signs or 16 of normal numbers in registers."""
     return Shape({"rademacher": 8, "gaussian": 4}[kind.dist], width=128, num_warps=4)
 
 
 @functools.cache
 def variant(kind: Kind, shape: Shape) -> Variant:
+    """The variant for this kind and shape."""
     constants = {"CELL": CELLS[kind.dtype], "DIST": kind.dist, "STOCHASTIC": kind.stochastic}
     return Variant(replay, {**constants, **tile_constants(kind, shape)}, shape.num_warps)
 
@@ -91,7 +92,7 @@ KERNELS = (KERNEL,)
 
 
 def record_table(seeds: Sequence[int], coefficients: Any, rounding_seeds: Any) -> np.ndarray:
-    """The records as the kernel reads them: int64 [R, 3], see `replay`."""
+    """Make the table of records that the kernel reads: int64 [R, 3], see `replay`."""
     rows = np.empty((len(seeds), 3), np.int64)
     rows[:, 0] = seed_bits(seeds)
     rows[:, 1] = float_bits(coefficients)
@@ -108,8 +109,8 @@ def replay_(
 ) -> None:
     """perturb_ once for every record, in one pass over the tensors and to the same bits.
 
-    Records that are tensors lie on the device, and a CUDA graph can capture the call. A single one takes the kernel of
-    perturb_, whose memory accesses are wider.
+    Records that are tensors are on the device, and a CUDA graph can capture the call. A single record is applied by the
+    kernel of perturb_, whose memory accesses are wider.
     """
     if not tensors or not len(seeds):
         return
@@ -128,6 +129,6 @@ def replay_(
 
 
 def _record_table_on_device(seeds: torch.Tensor, coefficients: Any, rounding_seeds: Any) -> torch.Tensor:
-    """`record_table` of tensors on the device, made there."""
+    """Make `record_table` of tensors on the device, without a copy to the host."""
     rounding = torch.zeros_like(seeds) if rounding_seeds is None else rounding_seeds
     return torch.stack([seeds, float_bits_on_device(coefficients), rounding], 1)

@@ -1,6 +1,7 @@
-"""Cells of memory to float32 and back. bfloat16 is uint16 here, as in spec.py, and rounds by integer operations:
+"""Conversion of cells in memory to float32 and back.
 
-the interpreter truncates where the hardware rounds to nearest, and neither rounds stochastically.
+bfloat16 is uint16 here, as in spec.py, and is rounded by integer operations: the interpreter truncates where the
+hardware rounds to nearest, and neither rounds stochastically.
 """
 
 import triton
@@ -16,6 +17,7 @@ TAG_ROUNDING = tl.constexpr(spec.TAG_ROUNDING)
 
 @triton.jit
 def to_float32(cells):
+    """Convert cells as they are in memory to float32; exact."""
     if cells.dtype == tl.uint16:
         return (cells.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     else:
@@ -24,7 +26,7 @@ def to_float32(cells):
 
 @triton.jit
 def rounding_bits(seed, stream, first_row, outer, inner, col):
-    """The 16 bits of the cells of a tile, whose `inner` rows stay inside one block of ROUNDING_ROWS."""
+    """16 random bits for each cell of a tile whose `inner` rows are inside one block of ROUNDING_ROWS."""
     a, b, c, d = column_words(seed, stream, first_row + outer, col, ROUNDING_ROWS, TAG_ROUNDING)
     row = ((first_row + outer) % ROUNDING_ROWS).to(tl.int32) + inner
     pair = row // 2
@@ -34,7 +36,7 @@ def rounding_bits(seed, stream, first_row, outer, inner, col):
 
 @triton.jit
 def from_float32(y, CELL: tl.constexpr, seed, stream, first_row, outer, inner, col, STOCHASTIC: tl.constexpr):
-    """y rounded to CELL: to nearest even, or for bfloat16 with STOCHASTIC up with the odds of the tile's bits."""
+    """Round y to CELL: to nearest even or, for bfloat16 with STOCHASTIC, stochastically by the tile's random bits."""
     if CELL.is_int():
         bits = y.to(tl.uint32, bitcast=True)
         up = ((bits >> 16) & 1) + 0x7FFF

@@ -1,8 +1,8 @@
-"""How a tensor is cut into tiles of rows by columns, one program each, and how a tile is read and written.
+"""How a tensor is cut into tiles of rows by columns, one per program, and how a tile is read and written.
 
 A thread owns columns: it makes a column's random words once and walks down the rows, and no value crosses threads.
-A cell of a tile is (outer, inner, column), its row being first_row + outer + inner: what the `inner` rows of one block
-of words share is computed once, at shape [OUTER, 1, WIDTH].
+A cell of a tile is (outer, inner, column), and its row is first_row + outer + inner. What the `inner` rows of one block
+of words share is computed once, in shape [OUTER, 1, WIDTH].
 """
 
 import triton
@@ -10,12 +10,12 @@ import triton.language as tl
 
 from .philox import COLS
 
-FIELDS = tl.constexpr(8)  # of a row of the table of tensors
+FIELDS = tl.constexpr(8)  # numbers in a row of the table of tensors: see `launch.Launch`
 
 
 @triton.jit
 def locate(start, program, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """First row and column of a program's tile, and the tile's first cell as a position in the tensor.
+    """(first row, first column, position of the first cell in the tensor) of a program's tile.
 
     Tiles are aligned to the blocks of the noise, not to the tensor: the position may be negative.
     """
@@ -28,7 +28,10 @@ def locate(start, program, ROWS: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def segment(table, row_of_program):
-    """What a program needs to know of its tensor: see `launch.Launch`."""
+    """Read what a program needs of its tensor: see `launch.Launch`.
+
+    Returns (address, elements, start, stream, factor, number of the program among the tensor's).
+    """
     program = tl.program_id(0)
     row = table + tl.load(row_of_program + program) * FIELDS
     address = tl.load(row).to(tl.uint64)
@@ -41,24 +44,26 @@ def segment(table, row_of_program):
 
 @triton.jit
 def moment_address(table, row_of_program, k: tl.constexpr):
-    """The address of moment k of a program's tensor."""
+    """Read the address of moment k of a program's tensor."""
     row = table + tl.load(row_of_program + tl.program_id(0)) * FIELDS
     return tl.load(row + 6 + k).to(tl.uint64)
 
 
 @triton.jit
 def is_full(address, at, n, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """Whether every cell of the tile exists, and 16-byte accesses are possible from its first one, at `address`."""
+    """Whether every cell of the tile is in the tensor, and its first one, at `address`, is aligned to 16 bytes."""
     return (at >= 0) & (at + ((ROWS - 1) * COLS + WIDTH) <= n) & (address % 16 == 0)
 
 
 @triton.jit
 def is_empty(at, n, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Whether the whole tile is before or after the tensor's cells."""
     return (at >= n) | (at + ((ROWS - 1) * COLS + WIDTH) <= 0)
 
 
 @triton.jit
 def rows_and_columns(OUTER: tl.constexpr, INNER: tl.constexpr, WIDTH: tl.constexpr):
+    """The indices (outer, inner, column) of a tile's cells: [OUTER, 1, 1], [1, INNER, 1], [1, 1, WIDTH]."""
     outer = (tl.arange(0, OUTER) * INNER)[:, None, None]
     inner = tl.arange(0, INNER)[None, :, None]
     lane = tl.arange(0, WIDTH)[None, None, :]
@@ -67,9 +72,9 @@ def rows_and_columns(OUTER: tl.constexpr, INNER: tl.constexpr, WIDTH: tl.constex
 
 @triton.jit
 def pointers(address, outer, inner, lane, CELL: tl.constexpr, ALIGNED: tl.constexpr):
-    """Pointers to the cells of the tile at `address`, which ALIGNED promises to be a multiple of 16."""
+    """Pointers to the cells of the tile at `address`. ALIGNED: the address is known to be a multiple of 16."""
     if ALIGNED:
-        # The compiler makes 16-byte accesses only of what it knows to be aligned.
+        # The compiler makes 16-byte accesses only if it knows the alignment.
         first = tl.multiple_of((address // 16 * 16).to(tl.pointer_type(CELL)), 16)
     else:
         first = address.to(tl.pointer_type(CELL))
@@ -79,7 +84,7 @@ def pointers(address, outer, inner, lane, CELL: tl.constexpr, ALIGNED: tl.conste
 
 @triton.jit
 def existing_cells(at, n, outer, inner, lane):
-    """Which cells of the tile are cells of the tensor."""
+    """The mask of the tile's cells that are in the tensor."""
     begin = tl.maximum(-at, 0).to(tl.int32)
     end = tl.minimum(n - at, 1 << 30).to(tl.int32)
     cell = lane + (outer + inner) * COLS

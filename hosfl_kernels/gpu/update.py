@@ -1,8 +1,8 @@
 """update_: many rounds of an update rule in one pass over weights and moments, one launch per dtype.
 
-As in replay.py a tile stays in registers, here with its moments and the sum over a round's directions: fewer rows to a
-thread. The rule's constants are arguments of the kernel. What changes from round to round, rate and bias corrections
-among it, is read from records on the device.
+As in replay.py a tile stays in registers, here with its moments and the sum over a round's directions, and so with
+fewer rows per thread. The rule's constants are arguments of the kernel. What changes from round to round, such as the
+rate and bias corrections, is read from records on the device.
 """
 
 import functools
@@ -36,22 +36,22 @@ from .noise import normals, sign_words, signed
 from .rounding import from_float32, to_float32
 from .tile import existing_cells, is_empty, locate, moment_address, pointers, rows_and_columns, segment
 
-CONSTANTS = 5  # numbers of a rule, at most
-STEP = tl.constexpr(4)  # numbers of a round before its directions
+CONSTANTS = 5  # the largest number of constants of a rule
+STEP = tl.constexpr(4)  # numbers in a round's record before those of its directions
 
 
 @triton.jit
 def number(bits):
-    """The float32 that has the low 32 bits."""
+    """The float32 with the low 32 bits of `bits`."""
     return bits.to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def root_of(v):
-    """sqrt(v), rounded to nearest; the root is taken of normal numbers only.
+    """sqrt(v), rounded to nearest, by a root of normal numbers only.
 
-    2^64 v has the root 2^32 sqrt(v), and neither product rounds. With a plain tl.sqrt_rn(v) three kernels for sm_80
-    need a stack (Triton 3.9).
+    For small v it is sqrt(2^64 v) / 2^32, in which no product rounds. With a plain tl.sqrt_rn(v) three kernels for
+    sm_80 need a stack (Triton 3.9).
     """
     small = v < 2.0**-64
     return tl.sqrt_rn(tl.where(small, v * 2.0**64, v)) * tl.where(small, 2.0**-32, 1.0)
@@ -59,7 +59,7 @@ def root_of(v):
 
 @triton.jit
 def quotient64(a, b):
-    """a / b in float64, and then float32: the bits of one rounding, since 53 >= 2 * 24 + 2, of subnormal ones too."""
+    """a / b in float64, then float32: the bits of one rounding, since 53 >= 2 * 24 + 2, also of subnormal numbers."""
     return (a.to(tl.float64) / b.to(tl.float64)).to(tl.float32)
 
 
@@ -105,10 +105,11 @@ def update(
     INNER: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """`records` holds a row of int64 for every round: rate, keep, root (bits of float32), rounding seed, and for every
-    direction the seed and the bits of the float32 coefficient.
+    """Apply rounds of an update rule to all tensors and their moments.
 
-    The rule's constants, bits of float32: of AdamW b1, 1 - b1, b2, 1 - b2 and eps; momentum is the first.
+    records: a row of int64 for every round: rate, keep, root (bits of float32), rounding seed, and for every direction
+    the seed and the bits of the float32 coefficient. Constants of the rule, bits of float32: b1, 1 - b1, b2, 1 - b2 and
+    eps of AdamW; the first is SGD's momentum.
     """
     ROWS: tl.constexpr = BLOCKS * INNER
     address, n, start, stream, factor, program = segment(table, row_of_program)
@@ -162,12 +163,13 @@ def update(
 
 
 def default(rule: str, kind: Kind) -> Shape:
-    """Tiles of 128 columns, one to a thread: as many rows as fit into registers with their moments and sums."""
+    """Tiles of 128 columns, one per thread: as many rows as fit into registers with their moments and sums."""
     return Shape(2 if rule == "adamw" and kind.dist == "rademacher" else 4, width=128, num_warps=4)
 
 
 @functools.cache
 def variant(rule: str, kind: Kind, shape: Shape) -> Variant:
+    """The variant for this rule, kind and shape."""
     constants = {"RULE": rule, "CELL": CELLS[kind.dtype], "DIST": kind.dist, "STOCHASTIC": kind.stochastic}
     return Variant(update, {**constants, **tile_constants(kind, shape)}, shape.num_warps)
 
@@ -180,7 +182,7 @@ KERNELS = tuple(BY_RULE.values())
 
 
 def constant_bits(constants: Sequence[float]) -> list[int]:
-    """The rule's constants as the kernel takes them."""
+    """Return the rule's constants as the kernel takes them: the bits of float32, filled up with zeros."""
     bits: list[int] = float_bits([*constants, *[0.0] * (CONSTANTS - len(constants))]).tolist()
     return bits
 
@@ -191,7 +193,7 @@ def round_table(
     steps: Sequence[Sequence[float]],
     rounding_seeds: Sequence[int] | None,
 ) -> np.ndarray:
-    """The rounds as the kernel reads them."""
+    """Make the table of rounds that the kernel reads: see `update`."""
     rounds = len(steps)
     rows = np.empty((rounds, STEP.value + 2 * (len(seeds) // rounds)), np.int64)
     rows[:, :3] = float_bits(steps)
@@ -214,7 +216,8 @@ def update_(
 ) -> None:
     """len(steps) rounds of an update rule in one pass over weights and moments.
 
-    Records that are tensors, seeds and coefficients [R, P], lie on the device, and a CUDA graph can capture the call.
+    Records that are tensors, with seeds and coefficients [R, P], are on the device, and a CUDA graph can capture the
+    call.
     """
     if not tensors or not len(steps):
         return
@@ -231,7 +234,7 @@ def update_(
 
 
 def _round_table_on_device(seeds: torch.Tensor, coefficients: Any, steps: Any, rounding_seeds: Any) -> torch.Tensor:
-    """`round_table` of tensors on the device, made there."""
+    """Make `round_table` of tensors on the device, without a copy to the host."""
     rounding = seeds.new_zeros(len(steps)) if rounding_seeds is None else rounding_seeds
     directions = torch.stack([seeds, float_bits_on_device(coefficients)], 2).flatten(1)
     return torch.cat([float_bits_on_device(steps), rounding[:, None], directions], 1)

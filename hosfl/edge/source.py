@@ -1,4 +1,4 @@
-"""The client half that graphs are made of and compared with, and the batches on which they are."""
+"""A client half prepared for export, and the batches on which its graphs are compared with it."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from hosfl.protocol.weights import as_file
 from hosfl.tasks.padding import TOKEN_INPUTS
 from hosfl_kernels import perturb_
 
-TRACE_SAMPLES = 3  # samples that a graph is made of: a batch of one would be taken for a size that never changes
-MAX_COMPARED_SAMPLES = 256  # samples of a batch on which it is tried, at most
-TOLERANCE = 1e-4  # of the output's largest number
-WHERE_MOVED = " where its weights have moved"  # for errors
+TRACE_SAMPLES = 3  # batch size of the trace; the exporter would take a batch of 1 for a size that never changes
+MAX_COMPARED_SAMPLES = 256  # the largest batch size on which graph and half are compared
+TOLERANCE = 1e-4  # relative to the output's largest absolute value
+WHERE_MOVED = " where its weights have moved"  # a part of error messages
 
 
 class ExportError(ValueError):
-    """A client half that cannot be run without torch."""
+    """A client half that cannot be exported to ONNX."""
 
 
 @dataclass(frozen=True)
-class Original:
-    """A half that graphs are made of and compared with, and a sample of what it takes, both in float32.
+class ExportSource:
+    """The half to export and a sample of its inputs, both in float32. Graphs are traced from it and compared with it.
 
-    base: the bytes of its base file, in the dtypes that it is stored in. named: the sample by its names in a graph.
-    any_length: whether it takes texts of other lengths.
+    base: the bytes of its base file, in the dtypes that it is stored in. named: the sample's tensors by the names that
+    they have in a graph. any_length: whether the half takes texts of any length.
     """
 
     half: nn.Module
@@ -50,12 +50,12 @@ class Original:
 
     @property
     def kind(self) -> str:
-        """The half's class, for errors."""
+        """The name of the half's class, for error messages."""
         return type(self.half).__name__
 
     @property
     def moving(self) -> dict[str, nn.Parameter]:
-        """The weights that move, by name."""
+        """The trainable parameters, by name."""
         return {name: p for name, p in self.half.named_parameters() if p.requires_grad}
 
     def cut(self, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -63,44 +63,48 @@ class Original:
         output: Tensor = call(self.half, as_half_inputs(self.sample, inputs))
         return output
 
-    def traced(self) -> dict[str, Tensor]:
-        """The inputs that a graph is made of."""
+    def trace_inputs(self) -> dict[str, Tensor]:
+        """The inputs with which the half is traced."""
         return resize_batch(self.named, TRACE_SAMPLES, shorter=self.any_length)
 
-    def batches(self, most: tuple[int, int]) -> list[dict[str, Tensor]]:
-        """Batches on which graph and half are compared: at the ends of what clients send. The last is the smallest.
+    def batches(self, max_sizes: tuple[int, int]) -> list[dict[str, Tensor]]:
+        """The batches on which graph and half are compared: the smallest and largest sizes, and some between.
 
-        Where a model's code looks at sizes, an export takes the way of the sizes that it sees, and says nothing of
-        others. most: see `export_half`.
+        Several sizes are needed because a model's code may branch on sizes. An export takes the branch of the traced
+        sizes, without a warning. The last batch is the smallest. max_sizes: see `export_half`.
         """
-        given, (rows, tokens) = len(next(iter(self.named.values()))), most
-        batches = [resize_batch(self.named, given), resize_batch(self.named, TRACE_SAMPLES + 1, self.any_length)]
-        if rows > given:
-            batches.append(resize_batch(self.named, min(rows, MAX_COMPARED_SAMPLES), self.any_length))
+        rows, (max_rows, max_tokens) = len(next(iter(self.named.values()))), max_sizes
+        batches = [resize_batch(self.named, rows), resize_batch(self.named, TRACE_SAMPLES + 1, self.any_length)]
+        if max_rows > rows:
+            batches.append(resize_batch(self.named, min(max_rows, MAX_COMPARED_SAMPLES), self.any_length))
         if self.any_length:
-            longest = max(tokens, *(x.shape[1] for name, x in self.named.items() if is_text(name, x)), 2)
-            others = [resize_batch(self.named, TRACE_SAMPLES + 1, tokens=length) for length in (longest, 1)]
-            batches += [inputs for inputs in others if _accepts(self.half, as_half_inputs(self.sample, inputs))]
+            longest = max(max_tokens, *(x.shape[1] for name, x in self.named.items() if is_text(name, x)), 2)
+            extremes = [resize_batch(self.named, TRACE_SAMPLES + 1, tokens=length) for length in (longest, 1)]
+            batches += [inputs for inputs in extremes if _accepts(self.half, as_half_inputs(self.sample, inputs))]
         return [*batches, resize_batch(self.named, 1, self.any_length)]
 
     @contextmanager
-    def moved_weights(self, tensors: Sequence[NDArray[Any]]) -> Iterator[None]:
-        """Context manager: move the half's trainable weights and those of a session, `tensors`, by the same step.
+    def shifted_weights(self, tensors: Sequence[NDArray[Any]]) -> Iterator[None]:
+        """Context manager: shift the half's trainable weights and those of a session, `tensors`, by the same step.
 
-        Only then does a comparison see what is behind a factor that starts at zero, such as that of a residual branch.
+        A comparison with shifted weights also covers layers whose output is multiplied by a weight that starts at zero,
+        such as a residual branch. The half's weights are restored on exit; `tensors` are not.
         """
         weights = list(self.moving.values())
-        kept = [p.detach().clone() for p in weights]
+        saved = [p.detach().clone() for p in weights]
         perturb_(tensors, 0, CHECK_STEP)
         try:
             _assign(weights, [torch.from_numpy(widened(tensor)) for tensor in tensors])
             yield
         finally:
-            _assign(weights, kept)
+            _assign(weights, saved)
 
     @contextmanager
-    def graph_folder(self, what: str, graphs: Mapping[str, bytes]) -> Iterator[Path]:
-        """A folder with these graphs and the base file. what: how an ExportError calls a graph that does not run."""
+    def graph_folder(self, title: str, graphs: Mapping[str, bytes]) -> Iterator[Path]:
+        """Context manager: a temporary folder with these graphs, by file name, and the base file.
+
+        Turns a HalfError of the block into an ExportError that begins with `title`, a name for the graphs.
+        """
         with TemporaryDirectory() as name:
             folder = Path(name)
             for file, data in {**graphs, BASE: self.base}.items():
@@ -108,19 +112,25 @@ class Original:
             try:
                 yield folder
             except HalfError as error:
-                way = "; let the layer compute in float32 there" * ("NOT_IMPLEMENTED" in str(error))  # as of bfloat16
-                raise ExportError(f"{what} does not run: {error}{way}") from error
+                not_implemented = "NOT_IMPLEMENTED" in str(error)  # for example an operator in bfloat16
+                hint = "; let the layer compute in float32 there" if not_implemented else ""
+                raise ExportError(f"{title} does not run: {error}{hint}") from error
 
 
 @torch.no_grad()
 def _assign(weights: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+    """Copy values into weights."""
     for weight, value in zip(weights, values, strict=True):
         weight.copy_(value)
 
 
 @contextmanager
-def original(half: nn.Module, sample: Inputs) -> Iterator[Original]:
-    """The half as `Original`, in eval mode and without a graph. Raises what `export_half` raises of half and sample."""
+def export_source(half: nn.Module, sample: Inputs) -> Iterator[ExportSource]:
+    """Context manager: check half and sample, and yield them as an `ExportSource`.
+
+    Inside, the half is in eval mode and gradients are off; its state is restored on exit. Raises ExportError for a half
+    or sample that cannot be exported, ImportError where onnx or onnxscript is missing.
+    """
     for module in ("onnx", "onnxscript"):
         require(module, "the export of a client half", "export")
     _check_half(half)
@@ -129,10 +139,11 @@ def original(half: nn.Module, sample: Inputs) -> Iterator[Original]:
     with evaluating(half), restoring_state(half.modules()):
         _check_cut(half, sample)
         any_length = _accepts(half, as_half_inputs(sample, resize_batch(named, TRACE_SAMPLES, shorter=True)))
-        yield Original(half, sample, base, named, any_length)
+        yield ExportSource(half, sample, base, named, any_length)
 
 
 def _check_half(half: nn.Module) -> None:
+    """Raise ExportError for tensors of other dtypes than float32 and bfloat16, or not on the CPU."""
     for name, tensor in (*half.named_parameters(), *half.named_buffers()):
         if tensor.is_complex() or (tensor.is_floating_point() and tensor.dtype not in (torch.float32, torch.bfloat16)):
             raise ExportError(
@@ -143,17 +154,22 @@ def _check_half(half: nn.Module) -> None:
 
 
 def _as_float32(half: nn.Module) -> nn.Module:
-    """The half in float32; its own copy, where it is bfloat16. A graph computes in float32, of weights as they are
-    stored: runtimes for processors have few operators in bfloat16."""
+    """Return the half in float32; a copy unless it is float32 already.
+
+    Graphs compute in float32, from weights in the dtype that they are stored in: CPU runtimes have few operators in
+    bfloat16.
+    """
     floats = [t for t in (*half.parameters(), *half.buffers()) if t.is_floating_point()]
     return half if all(t.dtype == torch.float32 for t in floats) else cast_floats(copy.deepcopy(half), torch.float32)
 
 
 def _inputs_as_float32(sample: Inputs) -> Inputs:
+    """Convert inputs in bfloat16 to float32."""
     return tree_map_only(Tensor, lambda x: x.float() if x.dtype == torch.bfloat16 else x, sample)
 
 
 def _check_cut(half: nn.Module, sample: Inputs) -> None:
+    """Raise ExportError unless the half makes one finite float32 tensor from the sample."""
     try:
         cut = call(half, sample)
     except Exception as error:  # whatever a model raises
@@ -161,12 +177,12 @@ def _check_cut(half: nn.Module, sample: Inputs) -> None:
     if not isinstance(cut, Tensor):
         raise ExportError(f"the cut must be one tensor, and the half makes a {type(cut).__name__}")
     if cut.dtype != torch.float32 or not cut.isfinite().all():
-        found = f"{cut.dtype}, and {'all' if cut.isfinite().all() else 'not all'} of it is finite"
-        raise ExportError(f"the cut of the sample must be finite and float32: it is {found}; cut the model elsewhere")
+        actual = f"{cut.dtype}, and {'all' if cut.isfinite().all() else 'not all'} of it is finite"
+        raise ExportError(f"the cut of the sample must be finite and float32: it is {actual}; cut the model elsewhere")
 
 
 def _named_inputs(sample: Inputs) -> dict[str, Tensor]:
-    """The inputs by the names that they have in the graph."""
+    """The inputs by their names in the graph. Raises ExportError for anything but tensors [samples, ...]."""
     named: dict[str, Any] = dict(sample) if isinstance(sample, Mapping) else {"input": sample}
     for name, x in named.items():
         if not isinstance(x, Tensor):
@@ -181,37 +197,41 @@ def _named_inputs(sample: Inputs) -> dict[str, Tensor]:
 
 
 def resize_batch(named: Mapping[str, Tensor], rows: int, shorter: bool = False, tokens: int = 0) -> dict[str, Tensor]:
-    """So many samples, the given ones over and over; shorter: texts of fewer tokens, or of two for one; tokens: of so
-    many, theirs over and over."""
-    found = {}
+    """Return a batch of `rows` samples, made by repeating those of `named`.
+
+    shorter: cut texts to about 3/4 of their length, but at least 2 tokens. tokens: give texts this length, repeating
+    their tokens; 0: leave it. Every row of a mask keeps at least one 1.
+    """
+    resized = {}
     for name, x in named.items():
         x = x[torch.arange(rows) % len(x)]
         if (shorter or tokens) and is_text(name, x):
             x = x[:, torch.arange(tokens or max(2, x.shape[1] - 1 - x.shape[1] // 4)) % x.shape[1]]
-        found[name] = x
-    mask = mask_of(found)
+        resized[name] = x
+    mask = mask_of(resized)
     if mask is not None and mask.dim() == 2:
-        mask[~mask.bool().any(1)] = 1  # of a text that lies where no token is left
-    return found
+        mask[~mask.bool().any(1)] = 1  # the cut may have left a text nothing but padding
+    return resized
 
 
 def describe_batch(inputs: Mapping[str, Tensor]) -> str:
-    """Of a batch, for errors."""
+    """The sizes of a batch, for error messages: "4 samples of 12 tokens"."""
     name, first = next(iter(inputs.items()))
     return f"{len(first)} samples" + (f" of {first.shape[1]} tokens" if is_text(name, first) else "")
 
 
 def is_text(name: str, x: Tensor) -> bool:
-    """Whether an input is of tokens in its second dimension."""
+    """Whether an input's second dimension is tokens."""
     return x.dim() > 1 if name in TOKEN_INPUTS else x.dim() == 2 and not x.is_floating_point()
 
 
 def as_half_inputs(sample: Inputs, named: Mapping[str, Tensor]) -> Inputs:
-    """Named inputs as the half takes them."""
+    """Return named inputs in the form of `sample`: a mapping, or the one tensor."""
     return named if isinstance(sample, Mapping) else named["input"]
 
 
 def _accepts(half: nn.Module, inputs: Inputs) -> bool:
+    """Whether the half computes these inputs without an error."""
     try:
         call(half, inputs)
     except Exception:  # whatever a model raises

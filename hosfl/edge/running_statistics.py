@@ -1,6 +1,6 @@
-"""Running statistics under onnxruntime: the half that normalises by its batch is a graph, and needs no torch.
+"""Running statistics without torch: onnxruntime runs a graph that computes the statistics of a batch.
 
-statistics.onnx     the statistics of a batch, as `hosfl.edge.by_batch` makes the graph, without weights
+statistics.onnx     that graph, as `hosfl.edge.batch_statistics` exports it, without weights
 base.safetensors    the weights of round 0
 """
 
@@ -24,43 +24,49 @@ Floats = NDArray[np.float32]
 
 
 class StatisticsEstimator:
-    """A half's running statistics: arrays, of each normalisation the means and then the variances, changed in place.
+    """A half's running statistics, and their estimation from batches.
 
-    of_batch: gives those of a batch, end to end; it is asked for when it is needed, and let go. batches: those on which
-    they are estimated, the same ones every time.
+    Args:
+        arrays: for each normalisation its means and its variances, one after the other; changed in place.
+        open_graph: opens the graph: a function from a batch's inputs to its statistics, flat. It is called for each
+            estimation, and the function is released afterwards.
+        batches: returns the batches of an estimation, the same ones every time.
     """
 
     def __init__(
         self,
         arrays: Sequence[NDArray[Any]],
-        of_batch: Callable[[], Callable[[Arrays], Floats]],
+        open_graph: Callable[[], Callable[[Arrays], Floats]],
         batches: Callable[[], Iterable[Samples]],
     ) -> None:
-        self.arrays, self.of_batch, self.batches = list(arrays), of_batch, batches
+        self.arrays, self.open_graph, self.batches = list(arrays), open_graph, batches
 
-    def estimated(self) -> tuple[Floats, int]:
-        """Means over batches of what each has, float32 [n], and how many samples they are of: see
-        `hosfl.methods.calibration.estimate_statistics`.
+    def estimate(self) -> tuple[Floats, int]:
+        """Return (mean of the batches' statistics, float32 [n]; number of samples).
 
-        Raises MessageError for batches that have none, such as of single samples, and HalfError.
+        As `hosfl.methods.calibration.estimate_statistics`. Raises MessageError for batches without finite statistics,
+        such as single samples, and HalfError.
         """
         samples = count = 0
         total: NDArray[np.float64] = np.zeros(sum(a.size for a in self.arrays))
-        run = self.of_batch()
+        run = self.open_graph()
         for batch in self.batches():
-            found = run(batch.inputs)
-            if found.shape != total.shape:
-                raise HalfError(f"the graph of statistics makes {found.shape}, and the half has {total.shape}")
-            if not np.isfinite(found).all():
+            statistics = run(batch.inputs)
+            if statistics.shape != total.shape:
+                raise HalfError(f"the graph of statistics makes {statistics.shape}, and the half has {total.shape}")
+            if not np.isfinite(statistics).all():
                 raise MessageError(
                     f"a batch of {len(batch)} samples has infinite or NaN statistics: a channel needs more than one"
                     " value"
                 )
-            total, samples, count = total + found, samples + len(batch), count + 1
+            total, samples, count = total + statistics, samples + len(batch), count + 1
         return (total / max(1, count)).astype(np.float32), samples
 
     def load(self, values: Floats) -> None:
-        """Take these up. Raises MessageError, with nothing changed, where they cannot be the half's own."""
+        """Write these values, flat, into the arrays.
+
+        Raises MessageError, with nothing changed, for another length or dtype, non-finite values or negative variances.
+        """
         sizes = [a.size for a in self.arrays]
         if values.dtype != np.float32 or len(values) != sum(sizes):
             raise MessageError(f"{len(values)} statistics where normalisations have {sum(sizes)}")
