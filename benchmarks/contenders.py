@@ -140,6 +140,8 @@ FLOAT16 = [
     Contender("perturb float16", "hosfl Gaussian", lambda x: hk.perturb_(x, 1, SCALE, dist="gaussian")),
     Contender("perturb float16", MEZO, mezo),
 ]
+# torch converts float16 and bfloat16 to add to them: whole numbers show what memory allows two bytes.
+INT16 = [Contender("perturb int16", ROOF, lambda x: x.add_(1))]
 # For processors that have a newer instruction set: the kernels for an older one.
 OLDER_ISAS = [
     Contender(

@@ -33,14 +33,14 @@ DTYPES = ("float32", "bfloat16")
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Plot bytes per second: above by the size of one tensor, below by list.
 
-    rows: of one device; those with the smallest number of threads are plotted. The roof of one tensor is that of the
-    tables: torch's fastest dtype, for as many bytes.
+    rows: of one device; those with the smallest number of threads are plotted. The roof is that of the tables:
+    torch's fastest dtype, for as many bytes.
     """
     fewest = min(r["threads"] for r in rows)
     speed: dict[tuple[str, str, str], float] = {}
     for r in rows:
         if r["threads"] == fewest:
-            roof = r["name"] == ROOF and "of_roof" in r
+            roof = r["name"] in (ROOF, LIST_ROOF) and "of_roof" in r
             speed[r["name"], r["dtype"], r["of"]] = r["bytes"] / r["seconds"] / (r["of_roof"] if roof else 1) / 1e9
     ofs = list(dict.fromkeys(of for name, _, of in speed if name in (*ONE_TENSOR, *LIST)))
     lists = [of for of in ofs if of.startswith("list ")]

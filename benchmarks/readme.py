@@ -20,6 +20,7 @@ from benchmarks.speed_tables import (
     exchanges,
     gpu,
     kernels,
+    machines,
     memory,
     ops,
     optim,
@@ -54,7 +55,7 @@ PAGES: dict[Path, Sections] = {
     DOCS / "results-optim.md": {"curves": ("optim-curves.json", curves), "optim": ("optim-cpu.json", optim)},
     DOCS / "results-speed.md": {
         "kernels": ("kernels-cpu.json", kernels),
-        "kernels-zen4": ("kernels-cpu-zen4.json", kernels),
+        "machines": ("kernels-cpu*.json", machines),
         "ops": ("ops-cpu.json", ops),
         "gpu": (GPU, gpu),
         "steps": ("steps-cpu.json", steps),

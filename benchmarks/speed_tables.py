@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.tables import describe_machine, markdown_table, ratio
+from benchmarks.contenders import ROOF
+from benchmarks.tables import by_group_and_name, describe_machine, markdown_table, plural, processor, ratio
 from hosfl.runs.memory import WAYS
 
 
@@ -68,23 +70,72 @@ def crowd(result: dict[str, Any]) -> str:
 
 
 def kernels(result: dict[str, Any]) -> str:
-    """Return the tables of the kernels' throughput and memory."""
-    speed, memory = [], []
-    for r in result["rows"]:
-        if "bytes" in r:
-            ratios = [ratio(r, k) for k in ("of_roof", "times_mezo", "times_randn")]
-            speed.append([f"{r['group']}: {r['name']}", str(r["threads"]), f"{r['seconds'] * 1e3:.1f}", *ratios])
-        else:
-            share = f"{r['peak_extra_bytes'] / r['tensor_bytes']:.3f}"
-            memory.append([f"{r['group'][7:]}: {r['name']}", f"{r['peak_extra_bytes']:,}", share])
-    head = ["way", "threads", "ms", "share of the roof", "x MeZO's way", "x 64 passes"]
+    """Return the tables of the kernels' throughput and memory, and of passes that measure several probes."""
+    rows = result["rows"]
+    counts = sorted({r["threads"] for r in rows})
+    timed = by_group_and_name([r for r in rows if "bytes" in r])
+    memory = {f"{r['group'].removeprefix('memory ')}: {r['name']}": r for r in rows if "bytes" not in r}
+    speed = []
+    for (group, name), by_threads in timed.items():
+        if "probes" in group:
+            continue
+        one = by_threads[counts[0]]
+        peer = "times_mezo" if "times_mezo" in one else "times_randn"
+        shares = [ratio(by_threads[n], "of_roof") for n in counts]
+        extra = memory.get(f"{group}: {name}")
+        speed.append(
+            [
+                f"{group}: {name}",
+                *(f"{by_threads[n]['seconds'] * 1e3:,.1f}" for n in counts),
+                *shares,
+                *(ratio(by_threads[n], peer, digits=1) for n in counts),
+                "" if extra is None else f"{abs(extra['peak_extra_bytes'] / extra['tensor_bytes']):.1f}",
+            ]
+        )
+    columns = [plural(n, "thread") for n in counts]
+    head = ["way", *(f"ms, {c}" for c in columns), *(f"of the roof, {c}" for c in columns)]
+    head += [*(f"x its peer, {c}" for c in columns), "extra memory"]
     return "\n\n".join(
         [
             f"{result['elements']:,} elements. " + describe_machine(result),
             markdown_table(head, speed),
-            markdown_table(["way", "peak extra bytes", "of the tensor"], memory),
+            _probes({key: row for key, row in timed.items() if "probes" in key[0]}, counts),
         ]
     )
+
+
+def _probes(timed: dict[tuple[str, str], dict[int, dict[str, Any]]], counts: Sequence[int]) -> str:
+    """Return the table of probes: milliseconds by how many of them a pass measures."""
+    ways: dict[str, dict[str, dict[int, dict[str, Any]]]] = {}
+    for (group, name), by_threads in timed.items():
+        estimator, _, together = name.partition(", ")
+        ways.setdefault(f"{group}, {estimator}", {})[together] = by_threads
+    together = list(dict.fromkeys(name for by_pass in ways.values() for name in by_pass))
+    head = ["ms", *(f"{name}, {plural(n, 'thread')}" for n in counts for name in together)]
+    rows = [
+        [way, *(f"{by_pass[name][n]['seconds'] * 1e3:,.0f}" for n in counts for name in together)]
+        for way, by_pass in ways.items()
+    ]
+    return markdown_table(head, rows)
+
+
+def machines(results: dict[str, Any]) -> str:
+    """Return the table of the kernels' share of the roof on every machine. results: those of `kernels` by name."""
+    timed = {name: by_group_and_name([r for r in result["rows"] if "of_roof" in r]) for name, result in results.items()}
+    ways = dict.fromkeys(key for by_way in timed.values() for key in by_way if "hosfl" in key[1])
+    rows = [
+        [
+            f"{group}: {name}",
+            *(" / ".join(ratio(r, "of_roof") for r in timed[m][group, name].values()) for m in results),
+        ]
+        for group, name in ways
+    ]
+    roofs = {
+        name: f"{8 * r['elements'] / timed[name]['perturb', ROOF][1]['seconds'] / 1e9:.0f}"
+        for name, r in results.items()
+    }
+    rows.append(["GB/s of the roof, 1 thread", *roofs.values()])
+    return markdown_table(["share of the roof, 1 / 2 threads", *map(processor, results.values())], rows)
 
 
 def ops(result: dict[str, Any]) -> str:

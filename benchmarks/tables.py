@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -15,11 +16,16 @@ GPU = "gpu.json"  # the results file that may be missing
 
 
 def load_result(file: str) -> Any:
-    """Read a result file; for a pattern, the results by the names of their folders. None if the GPU's is missing."""
+    """Read a result file. None if the GPU's is missing.
+
+    For a pattern: the results by the names of their folders, or of their files if the pattern is of file names.
+    """
     if "*" not in file:
         path = RESULTS / file
         return None if file == GPU and not path.exists() else json.loads(path.read_text())
-    return {path.parent.name: json.loads(path.read_text()) for path in sorted(RESULTS.glob(file))}
+    of_files = "*" in Path(file).name
+    paths = sorted(RESULTS.glob(file))
+    return {path.stem if of_files else path.parent.name: json.loads(path.read_text()) for path in paths}
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -49,6 +55,27 @@ def mean_with_error(values: Sequence[float]) -> str:
     return f"{mean(values):.4f} ± {stdev(values) / len(values) ** 0.5:.4f}"
 
 
-def ratio(row: dict[str, Any], name: str) -> str:
+def ratio(row: dict[str, Any], name: str, digits: int = 2) -> str:
     """Return a ratio of a row, or "" if it has none."""
-    return f"{row[name]:.2f}" if name in row else ""
+    return f"{row[name]:,.{digits}f}" if name in row else ""
+
+
+def plural(count: int, noun: str) -> str:
+    """Return a number and its noun: 1 thread, 2 threads."""
+    return f"{count} {noun}{'s' if count != 1 else ''}"
+
+
+def by_group_and_name(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], dict[int, dict[str, Any]]]:
+    """Return a suite's rows by (group, name), and these by the number of threads."""
+    sorted_rows: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
+    for row in rows:
+        sorted_rows.setdefault((row["group"], row["name"]), {})[row["threads"]] = row
+    return sorted_rows
+
+
+def processor(result: dict[str, Any]) -> str:
+    """Return a result's processor in a few words: its name, family and model."""
+    name, family, model = re.fullmatch(
+        r"(.+?) \(vendor .*family (\d+), model (\d+).*", result["machine"]["processor"]
+    ).groups()
+    return f"{name}, family {family}, model {model}"

@@ -24,6 +24,7 @@ import hosfl_kernels as hk
 from benchmarks.contenders import (
     DIRECTIONS,
     LIST_CONTENDERS,
+    LIST_ROOF,
     MEZO,
     RANDN,
     ROOF,
@@ -37,6 +38,10 @@ from benchmarks.shapes import LISTS
 from hosfl_kernels.place import DISTRIBUTIONS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ROOFS: dict[str, tuple[torch.dtype, float]] = {  # of each type, and what is added
+    **{name: (dtype, SCALE) for name, dtype in DTYPES.items()},
+    "int16": (torch.int16, 1),  # to 16-bit floats torch adds more slowly than memory allows
+}
 RECORDS = 8
 KINDS = [*product(DTYPES, DISTRIBUTIONS, (False,)), *product(["bfloat16"], DISTRIBUTIONS, (True,))]
 
@@ -62,10 +67,11 @@ def label(kind: tuple[str, str, bool]) -> str:
     return f"{dtype} {dist}{' stochastic' if stochastic else ''}"
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_roof(benchmark: Any, dtype: str, device: str, size: int) -> None:
-    (x,) = weights([(size,)], dtype, device)
-    timed(benchmark, lambda: x.add_(SCALE), ROOF, f"{size:,}", dtype, x.nbytes, device)
+@pytest.mark.parametrize("name", ROOFS)
+def test_roof(benchmark: Any, name: str, device: str, size: int) -> None:
+    dtype, constant = ROOFS[name]
+    x = torch.zeros(size, dtype=dtype, device=device)
+    timed(benchmark, lambda: x.add_(constant), ROOF, f"{size:,}", name, x.nbytes, device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -148,6 +154,13 @@ def test_update(benchmark: Any, rule: hk.SGD | hk.AdamW, dist: str, device: str,
 
 
 # --- lists of tensors with models' shapes ---------------------------------------------------------------------------
+
+
+def test_list_roof(benchmark: Any, device: str, model: str) -> None:
+    """Time the roof of two bytes; that of four, and torch's for bfloat16, are in test_list."""
+    tensors = [torch.zeros(shape, dtype=torch.int16, device=device) for shape in LISTS[model]()]
+    nbytes = sum(x.nbytes for x in tensors)
+    timed(benchmark, lambda: torch._foreach_add_(tensors, 1), LIST_ROOF, f"list {model}", "int16", nbytes, device)
 
 
 @pytest.mark.parametrize("way", LIST_CONTENDERS)

@@ -23,6 +23,7 @@ from benchmarks.mezo import MeZO
 from hosfl.halves.hub import packaged_minilm, pretrained_model
 from hosfl.halves.inputs import call, evaluating
 from hosfl.halves.split import split
+from hosfl.methods.cuts import CutSpec
 from hosfl.methods.grouped import GroupedServer
 from hosfl.methods.server import Server
 from hosfl.optim import ZOSGD
@@ -125,8 +126,8 @@ def test_server(benchmark: Any, samples: int, tokens: int, way: str, device: str
 
     def server(kind: type[Server], **settings: Any) -> Server:
         optimizer, loss = torch.optim.SGD(half.parameters(), lr=0.0), nn.functional.cross_entropy
-        shared = (half, loss, optimizer, lambda round: 0.0, None, 0, CUTS, (tokens, 384), 2, samples)
-        return kind(*shared, masked=True, **settings)
+        spec = CutSpec((tokens, 384), 2, samples, masked=True)
+        return kind(half, loss, optimizer, lambda round: 0.0, None, 0, CUTS, spec, **settings)
 
     one, several = server(Server), server(GroupedServer, most=TOGETHER)
     cut_after_cut: Callable[[], object] = lambda: one.step(0, cuts)  # noqa: E731

@@ -10,6 +10,7 @@ from benchmarks.contenders import (
     BFLOAT16,
     CONTENDERS,
     FLOAT16,
+    INT16,
     OLDER_ISAS,
     RANDN_PRODUCTS,
     RANDN_RECORDS,
@@ -23,11 +24,14 @@ from hosfl.probing.batched import probe_batched, probe_forward_batched
 from hosfl.probing.probe import probe_forward, probe_untouched
 
 
-@pytest.mark.parametrize("way", [*CONTENDERS, *OLDER_ISAS, *BFLOAT16, *FLOAT16], ids=lambda w: f"{w.group}: {w.name}")
+@pytest.mark.parametrize(
+    "way", [*CONTENDERS, *OLDER_ISAS, *BFLOAT16, *FLOAT16, *INT16], ids=lambda w: f"{w.group}: {w.name}"
+)
 def test_throughput(benchmark, way, device, elements):
     if way in OLDER_ISAS and device != "cpu":
         pytest.skip("an instruction set of CPUs")
-    dtype = torch.bfloat16 if way in BFLOAT16 else torch.float16 if way in FLOAT16 else torch.float32
+    by_dtype = {torch.bfloat16: BFLOAT16, torch.float16: FLOAT16, torch.int16: INT16}
+    dtype = next((dtype for dtype, ways in by_dtype.items() if way in ways), torch.float32)
     x = (torch.randn(elements, device=device) * 0.02).to(dtype)
 
     once = synchronized(lambda: way.move(x), device)
