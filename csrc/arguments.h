@@ -75,6 +75,9 @@ inline std::vector<Segment> segments_of(const Memory& tensors, const Place& plac
   return segments;
 }
 
+// Rows of a table: their address, that of their numbers in it (int64), how many they are, elements of each, dtype.
+using Rows = std::tuple<uint64_t, uint64_t, int64_t, int64_t, int>;
+
 // Rounding seeds: one for each record, or none.
 inline std::vector<Record> records_of(const std::vector<uint64_t>& seeds, const std::vector<double>& coefficients,
                                       const std::vector<uint64_t>& rounding_seeds) {

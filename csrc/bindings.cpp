@@ -121,6 +121,27 @@ std::vector<Segment> blocks_of(const std::vector<Segment>& segments) {
   return blocks;
 }
 
+// Neighbours in the table are one segment. One shorter than the rows of the noise is cut where such a row ends: across
+// the end, the words of all 1,024 columns would be made.
+std::vector<Segment> segments_of_rows(const Rows& rows, const Place& place) {
+  const auto& [address, numbers_address, count, width, dtype] = rows;
+  const auto* const numbers = reinterpret_cast<const int64_t*>(numbers_address);
+  const Segment all = segments_of(Memory{{address}, {count * width}, {dtype}}, place)[0];
+  std::vector<Segment> segments;
+  for (int64_t k = 0, next; k < count; k = next) {
+    for (next = k + 1; next < count && numbers[next] == numbers[next - 1] + 1;) ++next;
+    Segment segment = piece_of(all, k * width, next * width);
+    segment.start = uint64_t(numbers[k]) * uint64_t(width);
+    const int64_t left = COLS - int64_t(segment.start % COLS);
+    if (segment.n < COLS && left < segment.n) {
+      segments.push_back(piece_of(segment, 0, left));
+      segment = piece_of(segment, left, segment.n);
+    }
+    segments.push_back(segment);
+  }
+  return segments;
+}
+
 // --- the ops ---
 
 py::tuple philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
@@ -145,6 +166,14 @@ void replay(const Memory& tensors, const std::vector<uint64_t>& seeds,
   in_parallel(segments, int64_t(records.size()), threads, [&](const Segment& segment) {
     chosen->replay(segment, records.data(), int64_t(records.size()), stochastic);
   });
+}
+
+void perturb_rows(const Rows& rows, uint64_t seed, double scale, const Place& place, int threads) {
+  const auto segments = segments_of_rows(rows, place);
+  const auto records = records_of({seed}, {scale}, {});
+  py::gil_scoped_release unlocked;
+  in_parallel(segments, 1, threads,
+              [&](const Segment& segment) { chosen->replay(segment, records.data(), 1, false); });
 }
 
 void update(const Memory& tensors, const std::vector<std::vector<uint64_t>>& moments, int rule,
@@ -191,6 +220,7 @@ PYBIND11_MODULE(_cpp, m) {
   m.doc() = "The C++ kernels. Use hosfl_kernels, which checks the arguments first.";
   m.def("philox", &hosfl::philox);
   m.def("noise", &hosfl::noise);
+  m.def("perturb_rows", &hosfl::perturb_rows);
   m.def("replay", &hosfl::replay);
   m.def("update", &hosfl::update);
   m.def("project", &hosfl::project);

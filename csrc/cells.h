@@ -1,6 +1,6 @@
-// Groups of cells of two bytes to float32 and back: the bits of rounding.h, by the instructions of the set. Compilers
-// vectorise rounding.h too, but do not find the conversions of float16 (with these Rademacher takes 0.6 to 0.7 of the
-// time), and shuffle and compare more for bfloat16 (0.7).
+// Groups of cells to float32 and back: the bits of rounding.h, by the instructions of the set. Compilers vectorise
+// rounding.h too, but do not find the conversions of float16 (with these Rademacher takes 0.6 to 0.7 of the time), and
+// shuffle and compare more for bfloat16 (0.7).
 #pragma once
 
 #include "rounding.h"
@@ -56,7 +56,24 @@ HOSFL_INLINE void store_upper_halves(uint16_t* x, U32 first, U32 second) {
 }
 
 #endif
-#if defined(HOSFL_CELLS)
+
+// Whether cells of a storage are worked on in groups, by load_group and store_group.
+constexpr bool in_groups(Float32) { return true; }
+
+HOSFL_INLINE Floats load_group(Float32, const float* x) { return group_at<F32>(x); }
+
+template <Rounding R>
+HOSFL_INLINE void store_group(Float32, float* x, const Floats& y, const Words&) {
+#pragma GCC unroll 4
+  for (int j = 0; j < SIDE_BY_SIDE; ++j) memcpy(x + j * LANES, &y.v[j], sizeof y.v[j]);
+}
+
+#if !defined(HOSFL_CELLS)
+constexpr bool in_groups(Float16) { return false; }
+constexpr bool in_groups(BFloat16) { return false; }
+#else
+constexpr bool in_groups(Float16) { return true; }
+constexpr bool in_groups(BFloat16) { return true; }
 
 HOSFL_INLINE Floats load_group(Float16, const uint16_t* x) {
   return each_vector<F32>([&](int j) { return from_halves(x + j * LANES); });

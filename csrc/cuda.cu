@@ -107,6 +107,38 @@ struct UpdateRounds {
   }
 };
 
+// A launch's parameters for rows of a table.
+struct RowsArguments {
+  void* data;
+  const int64_t* numbers;  // of the rows, in the table
+  int64_t n, width;        // cells, and those of a row
+  uint64_t seed;
+  uint32_t stream;
+  float s;
+};
+
+// One cell, which makes its words itself: rows are few.
+template <typename Storage, Dist D>
+HOSFL_INLINE void perturb_cell(const RowsArguments& a, int64_t cell) {
+  const uint64_t place = uint64_t(a.numbers[cell / a.width] * a.width + cell % a.width);  // in the table
+  const uint64_t row = place / COLS, col = place % COLS;
+  uint32_t word[4];
+  float w;
+  if (D == Dist::rademacher) {
+    column_words(a.seed, row / RADEMACHER_ROWS * COLS + col, a.stream, TAG_RADEMACHER, word);
+    const int k = int(row / 32 % 4);
+    w = signed_by(bits_of(a.s), k == 0 ? word[0] : k == 1 ? word[1] : k == 2 ? word[2] : word[3], int(31 - row % 32));
+  } else {
+    column_words(a.seed, row / GAUSSIAN_ROWS * COLS + col, a.stream, TAG_GAUSSIAN, word);
+    const bool last = row % 4 >= 2;
+    float z0, z1;
+    box_muller(last ? word[2] : word[0], last ? word[3] : word[1], z0, z1);
+    w = a.s * (row % 2 ? z1 : z0);
+  }
+  auto& x = static_cast<typename Storage::Cell*>(a.data)[cell];
+  x = Storage::template store<Rounding::nearest>(Storage::load(x) + w, 0);
+}
+
 // The thread's segment and tile, and its work on them.
 template <typename Work>
 HOSFL_INLINE void run_thread(const Arguments& a, uint32_t block, uint32_t thread) {
@@ -128,6 +160,12 @@ using Queue = std::pair<int, uint64_t>;  // the device, and the cudaStream_t to 
 template <typename Work>
 __global__ void __launch_bounds__(THREADS) kernel(const __grid_constant__ Arguments a) {
   run_thread<Work>(a, blockIdx.x, threadIdx.x);
+}
+
+template <typename Storage, Dist D>
+__global__ void __launch_bounds__(THREADS) rows_kernel(const __grid_constant__ RowsArguments a) {
+  const int64_t cell = int64_t(blockIdx.x) * THREADS + threadIdx.x;
+  if (cell < a.n) perturb_cell<Storage, D>(a, cell);
 }
 
 __global__ void philox_kernel(uint64_t key, uint64_t block, uint32_t stream, uint32_t tag, uint32_t* words) {
@@ -241,6 +279,26 @@ void perturb(const Memory& tensors, uint64_t seed, double scale, const Place& pl
   });
 }
 
+void perturb_rows(const Rows& rows, uint64_t seed, double scale, const Place& place, const Queue& queue) {
+  const auto& [address, numbers, count, width, dtype] = rows;
+  const Segment all = segments_of(Memory{{address}, {count * width}, {dtype}}, place)[0];
+  const float s = records_of({seed}, {scale}, {})[0].coefficient * all.factor;
+  const RowsArguments a = {all.data, reinterpret_cast<const int64_t*>(numbers), all.n, width, seed, all.stream, s};
+  if ((a.n + THREADS - 1) / THREADS > 0x7FFFFFFF) throw std::runtime_error("more rows than CUDA has blocks: cut them");
+  with_storage(all.dtype, false, [&](auto storage, auto) {
+    with_dist(all.dist, [&](auto dist) {
+#ifdef __CUDACC__
+      const cudaStream_t stream = enter(queue);
+      rows_kernel<decltype(storage), decltype(dist)::value>
+          <<<uint32_t((a.n + THREADS - 1) / THREADS), THREADS, 0, stream>>>(a);
+      check(cudaGetLastError());
+#else
+      for (int64_t cell = 0; cell < a.n; ++cell) perturb_cell<decltype(storage), decltype(dist)::value>(a, cell);
+#endif
+    });
+  });
+}
+
 void replay(const Memory& tensors, uint64_t records, int64_t count, const Place& place, bool stochastic,
             const Queue& queue) {
   const auto segments = segments_of(tensors, place);
@@ -285,6 +343,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("philox", &philox);
   m.def("noise", &noise);
   m.def("perturb", &perturb);
+  m.def("perturb_rows", &perturb_rows);
   m.def("replay", &replay);
   m.def("update", &update);
 }

@@ -9,47 +9,46 @@ namespace hosfl {
 namespace HOSFL_ISA {
 namespace {
 
-// The first cells of a row, in groups: x += add(i) for the group from cell i on. Returns how many cells those are.
-template <typename Storage, Rounding R, typename Add>
-HOSFL_INLINE int64_t add_in_groups(typename Storage::Cell* __restrict x, int64_t n, const uint32_t* __restrict random,
-                                   int random_shift, Add add) {
+// The first cells of a row, in groups: x = change(x, i) for the group from cell i on. Those `ahead` cells further come
+// from memory meanwhile: asked for a row at a time, they would keep the sums waiting. Returns how many cells it changed.
+template <typename Storage, Rounding R, typename Change>
+HOSFL_INLINE int64_t change_groups(typename Storage::Cell* __restrict x, int64_t n, int64_t ahead,
+                                   const uint32_t* __restrict random, int random_shift, Change change) {
   int64_t i = 0;
-#if defined(HOSFL_CELLS)
-  if constexpr (!std::is_same<Storage, Float32>::value) {
+  if constexpr (in_groups(Storage{})) {
     for (; i + GROUP <= n; i += GROUP) {
+      fetch(x + i + ahead, GROUP);
       Words bits{};
       if (R == Rounding::stochastic) bits = (group_at<U32>(random + i) >> random_shift) & 0xFFFFu;
-      store_group<R>(Storage{}, x + i, load_group(Storage{}, x + i) + add(i), bits);
+      store_group<R>(Storage{}, x + i, change(load_group(Storage{}, x + i), i), bits);
     }
   }
-#endif
   return i;
 }
 
-// The signs of N records, one after another: a cell is in a register meanwhile.
+// The signs of N records, one after another: a cell is in a register meanwhile. Several are of float32 alone.
 template <typename Storage, Rounding R, int N>
-void add_signs(typename Storage::Cell* __restrict x, int64_t n, const uint32_t (&s_bits)[N],
+void add_signs(typename Storage::Cell* __restrict x, int64_t n, int64_t ahead, const uint32_t (&s_bits)[N],
                const uint32_t* const (&word)[N], int shift, const uint32_t* __restrict random, int random_shift) {
-  int64_t i = 0;
-  if constexpr (N == 1) {
-    i = add_in_groups<Storage, R>(x, n, random, random_shift, [&](int64_t at) {
-      return from_bits(((group_at<U32>(word[0] + at) << shift) & 0x80000000u) ^ s_bits[0]);
-    });
-  }
+  static_assert(N == 1 || std::is_same<Storage, Float32>::value, "nothing is rounded between two records");
+  int64_t i = change_groups<Storage, R>(x, n, ahead, random, random_shift, [&](Floats y, int64_t at) {
+#pragma GCC unroll 4
+    for (int r = 0; r < N; ++r) y = y + from_bits(((group_at<U32>(word[r] + at) << shift) & 0x80000000u) ^ s_bits[r]);
+    return y;
+  });
   for (; i < n; ++i) {
-    const uint32_t bits = R == Rounding::nearest ? 0 : (random[i] >> random_shift) & 0xFFFFu;
     float y = Storage::load(x[i]);
 #pragma GCC unroll 4
-    for (int r = 0; r < N - 1; ++r) y = Storage::template rounded<R>(y + signed_by(s_bits[r], word[r][i], shift), bits);
-    x[i] = Storage::template store<R>(y + signed_by(s_bits[N - 1], word[N - 1][i], shift), bits);
+    for (int r = 0; r < N; ++r) y = y + signed_by(s_bits[r], word[r][i], shift);
+    x[i] = Storage::template store<R>(y, R == Rounding::nearest ? 0 : (random[i] >> random_shift) & 0xFFFFu);
   }
 }
 
 template <typename Storage, Rounding R>
 void add_scaled(typename Storage::Cell* __restrict x, int64_t n, float s, const float* __restrict z,
                 const uint32_t* __restrict random, int random_shift) {
-  int64_t i = add_in_groups<Storage, R>(x, n, random, random_shift,
-                                        [&](int64_t at) { return group_at<F32>(z + at) * s; });
+  int64_t i = change_groups<Storage, R>(x, n, 0, random, random_shift,
+                                        [&](Floats y, int64_t at) { return y + group_at<F32>(z + at) * s; });
   for (; i < n; ++i) {
     const float y = Storage::load(x[i]) + s * z[i];
     x[i] = Storage::template store<R>(y, R == Rounding::nearest ? 0 : (random[i] >> random_shift) & 0xFFFFu);
@@ -66,7 +65,8 @@ RoundingBits::Row random_row(RoundingBits& rounding, const Segment& segment, con
 // Records whose signs go by while a cell is in a register: of four records a cell then comes and goes once.
 constexpr int AT_ONCE = 4;
 
-// Cells that come from memory meanwhile, this many ahead: a processor's own prefetching stops at the end of a page.
+// How many cells further those are that come from memory meanwhile: a processor's own prefetching stops where a page
+// ends.
 constexpr int64_t AHEAD = 2 * COLS;
 
 // first: whether these are the first records that go through the block, whose cells are in memory then.
@@ -76,19 +76,16 @@ HOSFL_LOOP void replay_signs(const Segment& segment, const Run& run, const Recor
   RoundingBits rounding(segment);  // of one record: N is 1 where anything is rounded by them
   BlockWords signs[N];
   uint32_t s_bits[N];
-  const int64_t end = first ? run.at + run.count : 0;
-  if (first) fetch(x + run.at, run.count < AHEAD ? run.count : AHEAD);
   for (int r = 0; r < N; ++r) {
     s_bits[r] = bits_of(records[r].coefficient * segment.factor);
     signs[r].fill(records[r].seed, run.block, segment.stream, TAG_RADEMACHER, run.first_col(), run.cols());
   }
   each_row(run, [&](int64_t row, int64_t col, int64_t count, int64_t at) {
     const auto random = random_row<R>(rounding, segment, records[0], at);
-    const int64_t left = end - (at + AHEAD);
-    fetch(x + at + AHEAD, left < count ? left : count);
+    const bool in_memory = first && at + AHEAD < run.at + run.count;
     const uint32_t* word[N];
     for (int r = 0; r < N; ++r) word[r] = signs[r].word[row / 32] + col;
-    add_signs<Storage, R, N>(x + at, count, s_bits, word, int(31 - row % 32),
+    add_signs<Storage, R, N>(x + at, count, in_memory ? AHEAD : 0, s_bits, word, int(31 - row % 32),
                              random.word + (R == Rounding::nearest ? 0 : col), random.shift);
   });
 }

@@ -95,6 +95,12 @@ def perturb_(tensors: Sequence[Array], seed: int, scale: float, place: Place, ro
     replay_(tensors, [seed], [scale], place, None if rounding_seed is None else [rounding_seed])
 
 
+def perturb_rows_(rows: Array, numbers: Array, seed: int, scale: float, place: Place) -> None:
+    """x += scale * factor * z(seed) for every row, at its number's place in the table."""
+    table = (*addresses([rows, numbers]), sizes([numbers])[0], rows.shape[-1], CODES[rows.dtype])
+    _cpp.perturb_rows(table, seed, scale, place, threads())
+
+
 def replay_(
     tensors: Sequence[Array],
     seeds: Sequence[int],

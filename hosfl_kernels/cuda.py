@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hosfl_kernels.arrays import addresses
-from hosfl_kernels.cpu import RULES, memory
+from hosfl_kernels.cpu import CODES, RULES, memory
 from hosfl_kernels.place import Place
 from hosfl_kernels.transfer import copy_records
 
@@ -90,6 +90,14 @@ def perturb_(tensors: Sequence[Tensor], seed: int, scale: float, place: Place, r
         stream = _device_and_stream(extension, tensors[0].device)
         rounding_seeds = [] if rounding_seed is None else [rounding_seed]
         extension.perturb(memory(tensors), seed, scale, place, rounding_seeds, stream)
+
+
+def perturb_rows_(rows: Tensor, numbers: Tensor, seed: int, scale: float, place: Place) -> None:
+    """x += scale * factor * z(seed) for every row, at its number's place in the table."""
+    extension = _extension()
+    table = (*addresses([rows, numbers]), numbers.numel(), rows.shape[-1], CODES[rows.dtype])
+    with torch.cuda.device_of(rows):
+        extension.perturb_rows(table, seed, scale, place, _device_and_stream(extension, rows.device))
 
 
 def replay_(

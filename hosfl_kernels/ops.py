@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hosfl_kernels import arrays, cpu, reference, spec, validation
-from hosfl_kernels.arrays import Layouts, are_row_major, dtype_name, is_numpy, tensors_module, to_numpy
+from hosfl_kernels.arrays import Layouts, are_row_major, dtype_name, is_numpy, sizes, tensors_module, to_numpy
 from hosfl_kernels.cpu import ieee_arithmetic, threads
 from hosfl_kernels.place import Place
 from hosfl_kernels.rules import SGD, AdamW, Rule
@@ -32,7 +32,18 @@ if TYPE_CHECKING:
     from hosfl_kernels.arrays import Array
     from hosfl_kernels.validation import Coefficients, Numbers, Seeds, SeedTable, Table
 
-__all__ = ["backends", "derive", "noise", "perturb_", "project", "replay_", "snap_", "threads", "update_"]
+__all__ = [
+    "backends",
+    "derive",
+    "noise",
+    "perturb_",
+    "perturb_rows_",
+    "project",
+    "replay_",
+    "snap_",
+    "threads",
+    "update_",
+]
 
 NAMES = ("numpy", "cpp", "triton", "cuda")
 BACKENDS: dict[str, ModuleType] = {"numpy": reference, "cpp": cpu}  # tensors.py adds those that take tensors only
@@ -43,6 +54,8 @@ PLACE = "str dist, float[] factors, SymInt[] streams, SymInt[] starts"  # a Plac
 SCHEMAS = {
     "noise_": "(Tensor(a!) out, SymInt[] seed, SymInt stream, SymInt start, str dist) -> ()",
     "perturb_": f"(Tensor(a!)[] tensors, SymInt[] seed, float scale, {PLACE}, SymInt[] rounding_seed) -> ()",
+    "perturb_rows_": "(Tensor(a!) rows, Tensor numbers, SymInt[] seed, float scale, str dist, float factor, "
+    "SymInt stream) -> ()",
     "replay_": f"(Tensor(a!)[] tensors, Tensor seeds, Tensor coefficients, {PLACE}, Tensor? rounding_seeds) -> ()",
     "update_": "(Tensor(a!)[] tensors, Tensor(b!)[] moments, str rule, float[] constants, Tensor seeds, "
     f"Tensor coefficients, Tensor steps, {PLACE}, Tensor? rounding_seeds) -> ()",
@@ -146,14 +159,58 @@ def perturb_(
     """
     tensors = validation.array_list(tensors)
     place = validation.make_place(len(tensors), dist, factors, streams, starts)
-    validation.check_number(scale, "scale")
-    if not -validation.LARGEST_FLOAT32 <= scale <= validation.LARGEST_FLOAT32:
-        raise ValueError(f"scale must be finite in float32, got {scale}")
+    validation.check_scale(scale)
     validation.check_rounding(rounding, rounding_seed is not None, "rounding_seed")
     halves = validation.seed_halves(seed, "seed")
     rounding_halves = [] if rounding_seed is None else validation.seed_halves(rounding_seed, "rounding_seed")
     if tensors:
         _call("perturb_", _takes_numpy(tensors), (tensors, halves, scale), place, (rounding_halves,))
+
+
+def perturb_rows_(
+    rows: Array,
+    numbers: Array,
+    seed: int,
+    scale: float,
+    *,
+    dist: str = "rademacher",
+    factor: float = 1.0,
+    stream: int = 0,
+) -> None:
+    """Move copies of a table's rows as `perturb_` would move the table: for every k, with z = z(seed, stream),
+    rows[k] += scale * factor * z[numbers[k] * d : (numbers[k] + 1) * d].
+
+        rows = table[indices]  # what an embedding looks up
+        hosfl_kernels.perturb_rows_(rows, indices, seed=7, scale=1e-3)  # as if the table had been moved before
+
+    Args:
+        rows: tensor or array [..., d], float32, bfloat16 or float16, contiguous. Every row is moved once.
+        numbers: int64 or int32 [...], on the same device: the numbers of these rows in the table, 0 or more and with
+            (number + 1) * d <= 2^63. They may repeat, and are in any order.
+        factor: a power of two from 2^-100 to 2^100.
+        stream: the number of the table's noise stream, 0 <= stream < 2^32.
+        seed, scale, dist: as in `perturb_`.
+
+    The bits are those of `perturb_` on the whole table. A lookup then costs the memory and time of its rows, whatever
+    the size of the vocabulary. On a GPU nothing waits for the device, and so the values of `numbers` are not checked.
+
+    Raises, before anything is changed:
+        ValueError: a number is out of range, or the shapes do not fit.
+        TypeError: an argument has a wrong type or dtype.
+        RuntimeError: rows are not contiguous, on another device than `numbers`, or require grad outside of
+            torch.no_grad().
+    """
+    (rows,) = validation.array_list([rows], "rows")
+    (numbers,) = validation.array_list([numbers], "numbers", changed=False, like=[rows])
+    validation.make_place(1, dist, None, None, None)
+    validation.check_scale(scale)
+    validation.check_number(factor, "factor")
+    validation.check_integer(stream, 2**32, "stream")
+    arguments = (rows, numbers, validation.seed_halves(seed, "seed"), scale, dist, factor, stream)
+    if is_numpy(rows):
+        RUN["perturb_rows_"](cpu, *arguments)
+    else:
+        tensors_module().call("perturb_rows_", *arguments)
 
 
 def replay_(
@@ -492,6 +549,26 @@ def _perturb(
 
 
 @ieee_arithmetic
+def _perturb_rows(
+    backend: ModuleType,
+    rows: Array,
+    numbers: Array,
+    seed: Sequence[int],
+    scale: float,
+    dist: str,
+    factor: float,
+    stream: int,
+) -> None:
+    numbers = validation.checked_row_numbers(rows, numbers)
+    validation.checked_factors([factor], 1)
+    validation.check_scales([scale], [factor], "scale")
+    place = Place.single(dist, factor, stream)
+    if sizes([rows])[0]:
+        backend.perturb_rows_(rows, numbers, validation.join_halves(seed), scale, place)
+    _mark_changed([rows])
+
+
+@ieee_arithmetic
 def _replay(
     backend: ModuleType,
     tensors: list[Array],
@@ -559,6 +636,7 @@ def _project(backend: ModuleType, tensors: list[Array], seeds: Numbers, place: P
 RUN: dict[str, Callable[..., Any]] = {
     "noise_": _noise,
     "perturb_": _perturb,
+    "perturb_rows_": _perturb_rows,
     "replay_": _replay,
     "update_": _update,
     "project": _project,

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hosfl_kernels import spec
-from hosfl_kernels.arrays import storage
+from hosfl_kernels.arrays import storage, to_numpy
 from hosfl_kernels.place import Place
 
 if TYPE_CHECKING:
@@ -37,6 +37,15 @@ def noise_(out: Array, seed: int, place: Place) -> None:
 def perturb_(tensors: Sequence[Array], seed: int, scale: float, place: Place, rounding_seed: int | None) -> None:
     """`spec.perturb` on every tensor, in place."""
     replay_(tensors, [seed], [scale], place, None if rounding_seed is None else [rounding_seed])
+
+
+def perturb_rows_(rows: Array, numbers: Array, seed: int, scale: float, place: Place) -> None:
+    """`spec.perturb` on every row, in place, from the row's first element in the table on."""
+    (options,) = place.per_tensor()
+    x, width = storage(rows), rows.shape[-1]
+    for k, number in enumerate(to_numpy(numbers).reshape(-1)):
+        row = slice(k * width, (k + 1) * width)
+        x[row] = spec.perturb(x[row], seed, scale, **{**options, "start": int(number) * width})
 
 
 def replay_(

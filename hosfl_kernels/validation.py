@@ -105,6 +105,13 @@ def check_number(value: object, name: str) -> None:
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
 
 
+def check_scale(scale: float) -> None:
+    """Raise TypeError for a scale that is no number, ValueError if it is not finite in float32."""
+    check_number(scale, "scale")
+    if not -LARGEST_FLOAT32 <= scale <= LARGEST_FLOAT32:
+        raise ValueError(f"scale must be finite in float32, got {scale}")
+
+
 def seed_halves(seed: int, name: str) -> list[int]:
     """Split a seed into its low and its high 32 bits. Raises TypeError, ValueError."""
     check_integer(seed, 2**64, name)
@@ -292,6 +299,34 @@ def check_tensors(tensors: Sequence[Array], starts: Sequence[int] | None = None)
                 raise ValueError(f"starts[{t}] + numel is beyond 2^63")
     _check_no_shared_memory({"tensors": tensor_layouts})
     return tensor_layouts
+
+
+def checked_row_numbers(rows: Array, numbers: Array) -> Array:
+    """Check rows and their numbers, and return the numbers as int64, contiguous.
+
+    On a GPU their values are not read. Raises TypeError, RuntimeError, ValueError.
+    """
+    ((_, _, device, row_major), (_, _, numbers_device, _)) = layouts([rows]) + layouts([numbers])
+    if dtype_name(rows.dtype) is None:
+        raise TypeError(f"rows is {rows.dtype}; the kernels take float32, bfloat16 and float16")
+    if not row_major:
+        raise RuntimeError("rows is not contiguous: pass a contiguous copy")
+    if str(numbers.dtype).removeprefix("torch.") not in ("int64", "int32"):
+        raise TypeError(f"numbers is {numbers.dtype}; the rows' numbers are int64 or int32")
+    if device != numbers_device:
+        raise RuntimeError(f"rows is on {device}, numbers on {numbers_device}: use one device")
+    if rows.ndim == 0 or numbers.shape != rows.shape[:-1]:
+        raise ValueError(
+            f"rows is {[*rows.shape]}, numbers {[*numbers.shape]}: give a number for each row, so that only the last"
+            " dimension of rows is missing"
+        )
+    numbers = numbers.astype(np.int64, order="C", copy=False) if is_numpy(numbers) else numbers.long().contiguous()
+    if rows.shape[-1] and (is_numpy(numbers) or numbers.is_cpu):
+        flat = to_numpy(numbers).reshape(-1)
+        end = 2**63 // rows.shape[-1]
+        if flat.size and not (flat.min() >= 0 and int(flat.max()) < end):
+            raise ValueError(f"numbers must be at least 0 and below 2^63 / {rows.shape[-1]}, the row's elements")
+    return numbers
 
 
 def _check_channels_last(x: Any, name: str) -> None:

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 
 from hosfl.halves.inputs import Inputs, call, evaluating
 from hosfl.interrupts import uninterrupted
-from hosfl_kernels import perturb_
+from hosfl_kernels import perturb_, perturb_rows_
 
 # Elements of an embedding's table from which on copying and moving the rows of a batch is cheaper than moving the whole
 # table and back.
@@ -95,7 +95,7 @@ class Displacement:
     def _make(self, parameter: Tensor) -> Tensor:
         """Make the displaced parameter."""
         tensor = parameter.detach().clone(memory_format=torch.contiguous_format)
-        self._perturb([tensor], parameter, [0])
+        self._perturb(tensor, parameter)
         if not parameter.is_contiguous():  # channels_last: other strides would choose other kernels
             tensor = torch.empty_like(parameter).copy_(tensor)
         return nn.Parameter(tensor)
@@ -104,38 +104,21 @@ class Displacement:
         """Return the displaced weight of an nn.Embedding, whose rows are made in lookups."""
         return DisplacedTable.of(parameter, self)
 
-    def rows(self, table: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (the displaced rows of a [n, d] table that occur in `indices`, the indices' positions in these)."""
-        unique, positions = indices.unique(return_inverse=True)
-        return self._make_rows(table, unique), positions.to(indices.dtype)
-
-    def _make_rows(self, table: Tensor, numbers: Tensor) -> Tensor:
-        """Make the displaced rows of these ascending numbers."""
-        rows = table.detach().index_select(0, numbers)
-        self._perturb_rows(rows, table, numbers)
+    def lookup(self, table: Tensor, indices: Tensor) -> Tensor:
+        """Return the displaced rows of a [n, d] table at `indices`, [*indices.shape, d]."""
+        rows = torch.embedding(table.detach(), indices)
+        self._perturb_rows(rows, table, indices)
         return rows
 
-    def _perturb_rows(self, rows: Tensor, table: Tensor, numbers: Tensor) -> None:
-        """Perturb in place: rows that are the table's rows of these ascending numbers."""
-        # Neighbouring rows are one piece: positions 0..L-1 are one run, and so is most of a small vocabulary.
-        ends = (numbers.diff() != 1).nonzero().flatten() + 1
-        runs = rows.tensor_split(ends.cpu())
-        starts = numbers[torch.cat([ends.new_zeros(1), ends])] if len(numbers) else numbers
-        self._perturb(runs[: len(starts)], table, (starts * table.shape[1]).tolist())
-
-    def _perturb(self, pieces: Sequence[Tensor], parameter: Tensor, starts: Sequence[int]) -> None:
-        """Perturb pieces of a parameter in place. starts: the positions in the parameter at which they start."""
+    def _perturb(self, tensor: Tensor, parameter: Tensor) -> None:
+        """Perturb in place: a contiguous copy of a parameter."""
         stream, factor = self.noise[id(parameter)]
-        n = len(pieces)
-        perturb_(
-            pieces,
-            self.seed,
-            self.scale,
-            dist=self.dist,
-            factors=[factor] * n,
-            streams=[stream] * n,
-            starts=starts,
-        )
+        perturb_(tensor, self.seed, self.scale, dist=self.dist, factors=[factor], streams=[stream])
+
+    def _perturb_rows(self, rows: Tensor, table: Tensor, indices: Tensor) -> None:
+        """Perturb in place: copies of the table's rows at `indices`."""
+        stream, factor = self.noise[id(table)]
+        perturb_rows_(rows, indices, self.seed, self.scale, dist=self.dist, factor=factor, stream=stream)
 
 
 class DisplacedTable(Tensor):
@@ -167,8 +150,7 @@ class DisplacedTable(Tensor):
         table = args[0]
         if isinstance(table, DisplacedTable):
             if op is torch.ops.aten.embedding.default:
-                rows, positions = table.displacement.rows(table.parameter, args[1])
-                return torch.embedding(rows, positions)
+                return table.displacement.lookup(table.parameter, args[1])
             if op is torch.ops.aten.detach.default:
                 return DisplacedTable.of(table.parameter, table.displacement)
             if op._schema.is_mutable:

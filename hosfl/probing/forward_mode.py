@@ -36,13 +36,13 @@ class Tangents(Displacement):
 
     def _make(self, parameter: Tensor) -> Tensor:
         tangent = _zeros(parameter, parameter.shape)
-        self._perturb([tangent], parameter, [0])
+        self._perturb(tangent, parameter)
         return forward_ad.make_dual(parameter.detach(), tangent.to(parameter.dtype))
 
-    def _make_rows(self, table: Tensor, numbers: Tensor) -> Tensor:
-        tangents = _zeros(table, (len(numbers), table.shape[1]))
-        self._perturb_rows(tangents, table, numbers)
-        return forward_ad.make_dual(table.detach()[numbers], tangents.to(table.dtype))
+    def lookup(self, table: Tensor, indices: Tensor) -> Tensor:
+        tangents = _zeros(table, (*indices.shape, table.shape[1]))
+        self._perturb_rows(tangents, table, indices)
+        return forward_ad.make_dual(torch.embedding(table.detach(), indices), tangents.to(table.dtype))
 
     def table(self, parameter: Tensor) -> Tensor:
         return DualTable.of(parameter, self)
@@ -73,8 +73,7 @@ class DualTable(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         if function is nn.functional.embedding and isinstance(table := args[1], DualTable):
-            rows, positions = table.tangents.rows(table.parameter, args[0])
-            return nn.functional.embedding(positions, rows)
+            return table.tangents.lookup(table.parameter, args[0])
         if getattr(function, "__name__", "") == "__get__":  # attributes such as dtype and shape, which need no values
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **kwargs)

@@ -75,6 +75,7 @@ def _op(name: str, module_name: str) -> Callable[..., Any]:
 
 noise_ = _op("noise_", "noise")
 perturb_ = _op("perturb_", "perturb")
+perturb_rows_ = _op("perturb_rows_", "rows")
 replay_ = _op("replay_", "replay")
 update_ = _op("update_", "update")
 project = _op("project", "projection")
