@@ -10,7 +10,8 @@ namespace HOSFL_ISA {
 namespace {
 
 // The first cells of a row, in groups: x = change(x, i) for the group from cell i on. Those `ahead` cells further come
-// from memory meanwhile: asked for a row at a time, they would keep the sums waiting. Returns how many cells it changed.
+// from memory meanwhile: asked for a row at a time, they would keep the sums waiting. Returns the number of cells
+// changed.
 template <typename Storage, Rounding R, typename Change>
 HOSFL_INLINE int64_t change_groups(typename Storage::Cell* __restrict x, int64_t n, int64_t ahead,
                                    const uint32_t* __restrict random, int random_shift, Change change) {

@@ -80,6 +80,23 @@ class ProjectCase(Case):
         return f"project of {self.records}"
 
 
+@dataclass(frozen=True)
+class RowsCase(Case):
+    """Rows of `width` elements of a table, n elements in all. The first is the row in which element `start` lies."""
+
+    width: int = 1
+
+    @property
+    def numbers(self) -> Any:
+        """The rows' numbers in the table, int64: neighbours, one twice, and one that is far from the others."""
+        k = np.arange(self.n // self.width)
+        return self.start // self.width + np.where(k % 5 == 3, 0, k) + (k == 1) * 2**20
+
+    @property
+    def op(self) -> str:
+        return f"perturb_rows_ of {self.width}"
+
+
 # (dtype, rounding)
 KINDS = [("float32", "nearest"), ("bfloat16", "nearest"), ("bfloat16", "stochastic"), ("float16", "nearest")]
 RULES: list[Rule] = [SGD(weight_decay=0.1), SGD(momentum=0.9), AdamW(betas=(0.8, 0.99), weight_decay=0.1)]
@@ -109,6 +126,15 @@ def _project_cases() -> Iterator[ProjectCase]:
     yield ProjectCase(dist="gaussian", n=20_001, start=2**33 + 77, stream=3)
 
 
+def _rows_cases() -> Iterator[RowsCase]:
+    """Cases of `perturb_rows_`: rows of one element, across the ends of rows and blocks of the noise, and longer."""
+    for dtype in DTYPES:
+        for dist in DISTRIBUTIONS:
+            yield RowsCase(dtype, dist, n=7, stream=1, start=1020, width=1)
+            yield RowsCase(dtype, dist, n=1500, stream=2**32 - 1, start=131_000, factor=0.25, width=150)
+            yield RowsCase(dtype, dist, n=2 * 1100, stream=6, start=2**44, factor=2.0, width=1100)
+
+
 def _cases() -> Iterator[Case]:
     """Cases of `perturb_` and `replay_`."""
     # Sizes and starts around the edges of rows (1024), Gaussian blocks (4096), rounding blocks (8192) and
@@ -125,7 +151,7 @@ def _cases() -> Iterator[Case]:
     yield Case(dist="gaussian", n=20_001, start=2**33 + 77, stream=3)
 
 
-CASES = [*_cases(), *_update_cases(), *_project_cases()]
+CASES = [*_cases(), *_update_cases(), *_project_cases(), *_rows_cases()]
 
 
 def weights(case: Case) -> spec.Storage:
@@ -225,6 +251,8 @@ def run_case(backend: ModuleType, case: Case, device: str) -> str | None:
         return _run_update(backend, case, device)
     if isinstance(case, ProjectCase):
         return _run_project(backend, case, device)
+    if isinstance(case, RowsCase):
+        return _run_rows(backend, case, device)
     want = weights(case)
     got = to_device(want, device)
     record = replay_arguments(case)
@@ -262,6 +290,16 @@ def _run_project(backend: ModuleType, case: ProjectCase, device: str) -> str | N
         if not abs(got[r] - want[r]) <= (0 if backend is cpu else TOLERANCE * terms):
             return f"scalar {r} is {got[r]:.17g}, should be {want[r]:.17g}"
     return None
+
+
+def _run_rows(backend: ModuleType, case: RowsCase, device: str) -> str | None:
+    """`run_case` for `perturb_rows_`."""
+    want = weights(case).reshape(-1, case.width)
+    got, numbers = to_device(want, device), to_device(case.numbers, device)
+    record = replay_arguments(case)
+    backend.perturb_rows_(got, numbers, record["seeds"][0], record["coefficients"][0], case.place)
+    reference.perturb_rows_(want, case.numbers, record["seeds"][0], record["coefficients"][0], case.place)
+    return difference(got, want)
 
 
 # --- vectors --------------------------------------------------------------------------------------------------

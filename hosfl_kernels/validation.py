@@ -320,13 +320,15 @@ def checked_row_numbers(rows: Array, numbers: Array) -> Array:
             f"rows is {[*rows.shape]}, numbers {[*numbers.shape]}: give a number for each row, so that only the last"
             " dimension of rows is missing"
         )
-    numbers = numbers.astype(np.int64, order="C", copy=False) if is_numpy(numbers) else numbers.long().contiguous()
-    if rows.shape[-1] and (is_numpy(numbers) or numbers.is_cpu):
-        flat = to_numpy(numbers).reshape(-1)
-        end = 2**63 // rows.shape[-1]
+    if is_numpy(numbers):
+        int64: Numbers = numbers.astype(np.int64, order="C", copy=False)
+    else:
+        int64 = numbers.long().contiguous()  # type: ignore[union-attr]
+    if str(device) == "cpu":
+        flat, end = to_numpy(int64).reshape(-1), 2**63 // max(rows.shape[-1], 1)
         if flat.size and not (flat.min() >= 0 and int(flat.max()) < end):
-            raise ValueError(f"numbers must be at least 0 and below 2^63 / {rows.shape[-1]}, the row's elements")
-    return numbers
+            raise ValueError(f"numbers must be at least 0 and below 2^63 / {rows.shape[-1]}, the elements of a row")
+    return int64
 
 
 def _check_channels_last(x: Any, name: str) -> None:

@@ -210,7 +210,7 @@ def test_the_extension_needs_neither_a_gpu_nor_libraries_of_cuda_to_be_imported(
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_nothing_spills_and_no_value_crosses_threads(built, architecture):
     kernels = opcodes(built, architecture)
-    assert len(kernels) == 2 + 8 + 8 + 24 + 1  # noise, perturb, replay, update, philox
+    assert len(kernels) == 2 + 8 + 6 + 8 + 24 + 1  # noise, perturb, rows, replay, update, philox
     usage = cuobjdump("-res-usage", "-arch", f"sm_{architecture}", built)
     assert len(re.findall(r"STACK:0 SHARED:0 LOCAL:0", usage)) == len(kernels)
     for name, counted in kernels.items():

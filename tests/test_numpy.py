@@ -88,6 +88,9 @@ def test_an_array_gets_the_bits_of_a_tensor(dtype, dist):
         hk.perturb_(xs, 3, 0.125, **place)
         hk.replay_(xs, kind(seeds.view(np.int64)), kind(coefficients), **place)
         hk.replay_(xs, seeds[::-1], coefficients[::-1], **place)
+        numbers = np.arange(299, -1, -1)
+        numbers = numbers if kind is torch.from_numpy else torch.from_numpy(numbers.copy())  # of the rows' own kind
+        hk.perturb_rows_(xs.reshape(300, 10), numbers, 4, 0.5, dist=dist, factor=0.5, stream=9)
         table = kind(seeds.view(np.int64).reshape(3, 1)), kind(coefficients.reshape(3, 1)), kind(steps)
         hk.update_(xs, kept, rule, *table, **place)
     assert torch.equal(tensor.view(torch.uint8), copy.view(torch.uint8))
@@ -126,6 +129,13 @@ def test_an_array_gets_the_bits_of_a_tensor(dtype, dist):
             "tensors\\[1\\] is not aligned",
         ),
         (lambda x, t: hk.perturb_(np.zeros((4, 4), np.float32, order="F"), 1, 1.0), RuntimeError, "not contiguous"),
+        (
+            lambda x, t: hk.perturb_rows_(x[None], torch.tensor([1]), 1, 1.0),
+            TypeError,
+            "numbers\\[0\\] is a torch.Tensor",
+        ),
+        (lambda x, t: hk.perturb_rows_(x[None], np.array([-1]), 1, 1.0), ValueError, "numbers must be at least 0"),
+        (lambda x, t: hk.perturb_rows_(x[None], np.array([1], np.uint64), 1, 1.0), TypeError, "numbers is uint64"),
         (lambda x, t: hk.replay_(x, np.array([1], np.int32), [1.0]), TypeError, "seeds as an array must be int64 or"),
         (lambda x, t: hk.replay_(x, [1], np.ones(1)), TypeError, "coefficients as an array must be float32"),
     ],

@@ -164,6 +164,35 @@ def test_nothing_to_do(device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dist", DISTRIBUTIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "d"), [(5000, 1), (400, 384), (300, 1024), (60, 4100), (1, 7)])
+def test_rows_move_as_their_table_does(device, dist, dtype, rows, d, threads):
+    """Whatever their order, also if some are alike; on several threads, with numbers of either type."""
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(rows, d, generator=generator).to(device, dtype)
+    indices = torch.randint(0, rows, (3, 70), generator=generator).to(device)
+    indices[1, :20] = torch.arange(20) % rows  # neighbours
+    move = {"seed": 2**63 + 5, "scale": 1e-2, "dist": dist}
+    moved = table.clone()
+    hk.perturb_(moved, **move, factors=[0.5], streams=[9])
+    for count, kind in ((1, torch.int64), (3, torch.int32)):
+        threads(count)
+        looked_up = table[indices]
+        version = looked_up._version
+        hk.perturb_rows_(looked_up, indices.to(kind), **move, factor=0.5, stream=9)
+        assert same(looked_up, moved[indices])
+        assert looked_up._version > version
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_no_rows_at_all(device):
+    for shape in ((0, 5), (3, 0), (2, 0, 4)):
+        rows = torch.zeros(shape, device=device)
+        hk.perturb_rows_(rows, torch.zeros(shape[:-1], dtype=torch.int64, device=device), 1, 1.0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dist", DISTRIBUTIONS)
 @pytest.mark.parametrize(("dtype", "rounding"), [*((d, "nearest") for d in DTYPES), (torch.bfloat16, "stochastic")])
 def test_replay_is_perturb_record_by_record(device, dist, dtype, rounding):
     one = [torch.randn(3000, device=device).to(dtype), torch.randn(50, device=device).to(dtype)]
@@ -584,6 +613,33 @@ def test_parameters_change_in_place():
         (lambda x: hk.perturb_([x[0], 3], 1, 1.0), TypeError, "tensors\\[1\\] is int"),
         (lambda x: hk.perturb_([x[0], torch.ones(2, requires_grad=True)], 1, 1.0), RuntimeError, "no_grad"),
         (lambda x: hk.perturb_(x[0].half(), 1, 1.0, rounding="stochastic", rounding_seed=1), TypeError, "bfloat16"),
+        (lambda x: hk.perturb_rows_(x[0][None], [3], 1, 1.0), TypeError, "numbers\\[0\\] is list, not a numpy array"),
+        (lambda x: hk.perturb_rows_(x[0][None], torch.tensor([3.0]), 1, 1.0), TypeError, "numbers is torch.float32; "),
+        (lambda x: hk.perturb_rows_(x[0], torch.tensor([3]), 1, 1.0), ValueError, "rows is \\[8\\], numbers \\[1\\]: "),
+        (lambda x: hk.perturb_rows_(x[0][None], torch.tensor([-1]), 1, 1.0), ValueError, "at least 0 and below"),
+        (lambda x: hk.perturb_rows_(x[0][None], torch.tensor([2**60]), 1, 1.0), ValueError, "below 2\\^63 / 8"),
+        (lambda x: hk.perturb_rows_(x[0][:, None][::2], torch.arange(4), 1, 1.0), RuntimeError, "is not contiguous"),
+        (lambda x: hk.perturb_rows_(x[0][None], torch.tensor([0]).to("meta"), 1, 1.0), RuntimeError, "meta"),
+        (
+            lambda x: hk.perturb_rows_(x[0][None].double(), torch.tensor([0]), 1, 1.0),
+            TypeError,
+            "rows is torch.float64",
+        ),
+        (lambda x: hk.perturb_rows_(x[0][None], torch.tensor([0]), 1, 1.0, factor=3.0), ValueError, "power of two"),
+        (lambda x: hk.perturb_rows_(x[0][None], torch.tensor([0]), 1, 1e38, factor=1024.0), ValueError, "its factor"),
+        (
+            lambda x: hk.perturb_rows_(x[0][None], torch.tensor([0]), 1, float("nan")),
+            ValueError,
+            "scale must be finite",
+        ),
+        (lambda x: hk.perturb_rows_(x[0][None], torch.tensor([0]), -1, 1.0), ValueError, "seed must be at least 0"),
+        (lambda x: hk.perturb_rows_(x[0][None], torch.tensor([0]), 1, 1.0, stream=2**32), ValueError, "stream must be"),
+        (lambda x: hk.perturb_rows_(x[0][None], torch.tensor([0]), 1, 1.0, dist="normal"), ValueError, "dist must be"),
+        (
+            lambda x: hk.perturb_rows_(torch.ones(1, 2, requires_grad=True), torch.tensor([0]), 1, 1.0),
+            RuntimeError,
+            "no_grad",
+        ),
         (lambda x: hk.replay_(x, [1, 2], [1.0]), ValueError, "2 seeds but 1 coefficients"),
         (lambda x: hk.replay_(x, [1, 2**64], [1.0, 1.0]), ValueError, "seeds\\[1\\]"),
         (lambda x: hk.replay_(x, [1, 2], [1.0, float("nan")]), ValueError, "coefficients\\[1\\]"),

@@ -85,6 +85,10 @@ def test_schemas():
     torch.library.opcheck(torch.ops.hosfl.noise_.default, (x, [1, 0], 0, 0, "gaussian"))
     torch.library.opcheck(torch.ops.hosfl.perturb_.default, ([x], [1, 0], 0.5, "gaussian", [], [], [], []))
     torch.library.opcheck(
+        torch.ops.hosfl.perturb_rows_.default,
+        (x.reshape(5, 2), torch.arange(5), [1, 0], 0.5, "gaussian", 1.0, 3),
+    )
+    torch.library.opcheck(
         torch.ops.hosfl.replay_.default,
         ([x], torch.tensor([1, 2]), torch.tensor([0.5, 1.0]), "rademacher", [], [], [], None),
     )
@@ -125,7 +129,7 @@ def test_compile_takes_numpy_s_numbers():
 
 def test_graphs_that_torch_compile_records_leave_the_ops_out():
     """A graph would repeat the seed of the call that it saw."""
-    for op in ("noise_", "perturb_", "replay_", "update_", "project"):
+    for op in ("noise_", "perturb_", "perturb_rows_", "replay_", "update_", "project"):
         assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.hosfl, op).default.tags
 
 

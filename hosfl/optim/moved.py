@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hosfl.interrupts import uninterrupted
 from hosfl.optim.groups import Group
 from hosfl.probing.displaced import Displacement, displaced
-from hosfl_kernels import perturb_, replay_
+from hosfl_kernels import replay_
 
 
 @dataclass
@@ -85,9 +85,8 @@ class _GroupDisplacement(Displacement):
         super().__init__(tensors, [n for group in groups for n in group.numbers], seed, sign, dist)
         self.mu = {id(t): group.mu for group in groups for t in group.tensors}
 
-    def _perturb(self, pieces: Sequence[Tensor], parameter: Tensor, starts: Sequence[int]) -> None:
-        stream, scale = self.noise[id(parameter)][0], self.scale * self.mu[id(parameter)]
-        perturb_(pieces, self.seed, scale, dist=self.dist, streams=[stream] * len(pieces), starts=starts)
+    def _scale_of(self, parameter: Tensor) -> float:
+        return self.scale * self.mu[id(parameter)]
 
 
 @dataclass

@@ -113,12 +113,18 @@ class Displacement:
     def _perturb(self, tensor: Tensor, parameter: Tensor) -> None:
         """Perturb in place: a contiguous copy of a parameter."""
         stream, factor = self.noise[id(parameter)]
-        perturb_(tensor, self.seed, self.scale, dist=self.dist, factors=[factor], streams=[stream])
+        scale = self._scale_of(parameter)
+        perturb_(tensor, self.seed, scale, dist=self.dist, factors=[factor], streams=[stream])
 
     def _perturb_rows(self, rows: Tensor, table: Tensor, indices: Tensor) -> None:
         """Perturb in place: copies of the table's rows at `indices`."""
         stream, factor = self.noise[id(table)]
-        perturb_rows_(rows, indices, self.seed, self.scale, dist=self.dist, factor=factor, stream=stream)
+        scale = self._scale_of(table)
+        perturb_rows_(rows, indices, self.seed, scale, dist=self.dist, factor=factor, stream=stream)
+
+    def _scale_of(self, parameter: Tensor) -> float:
+        """The scale of a parameter's displacement; its factor comes to it."""
+        return self.scale
 
 
 class DisplacedTable(Tensor):

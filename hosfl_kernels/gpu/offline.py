@@ -15,17 +15,19 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import choices
+from . import choices, rows
 from .launch import INTERPRETED, OPTIONS, Variant
 
 
 def variants(capability: int | None = None) -> dict[str, Variant]:
     """Every variant that a call can use, by name.
 
-    These are the defaults and, as NAME@SIZE, those with the shapes of choices.json for this compute capability.
+    These are the defaults and, as NAME@SIZE, those with the shapes of choices.json for this compute capability; and
+    those of perturb_rows_, which has one shape.
     """
     kernels = choices.kernels()
     result = {name: kernel.variant(kind, kernel.default(kind)) for name, (kernel, kind) in kernels.items()}
+    result |= {f"rows-{kind}": variant for kind, variant in rows.VARIANTS.items()}
     for size in choices.SIZES:
         for name, shape in choices.shapes_for(capability, size).items():
             kernel, kind = kernels[name]

@@ -1,7 +1,5 @@
 """perturb_rows_: x += scale * factor * z(seed) for rows of a table, each at its own place in the noise."""
 
-import functools
-
 import numpy as np
 import torch
 import triton
@@ -9,8 +7,7 @@ import triton.language as tl
 
 from hosfl_kernels.place import Place
 
-from .choices import Shape
-from .launch import CELLS, Kernel, Kind, Variant, device_context, float_bits
+from .launch import CELLS, KINDS, Kind, Variant, device_context, float_bits
 from .noise import normals, sign_words, signed
 from .philox import COLS
 from .rounding import from_float32, to_float32
@@ -43,27 +40,19 @@ def perturb_rows(
     x = to_float32(tl.load(pointer, mask))
     if DIST == "rademacher":
         a, b, c, d_ = sign_words(seed, stream, row, col)
-        y = x + signed(s + zero.to(tl.float32), a, b, c, d_, row, zero, zero)
+        y = x + signed(s, a, b, c, d_, row, zero, zero)
     else:
         y = x + s * normals(seed, stream, row, zero, (row % 4).to(tl.int32), col)
     tl.store(pointer, from_float32(y, CELL, seed, stream, row, zero, zero, col, False), mask)
 
 
-def default(kind: Kind) -> Shape:
-    """1,024 cells per program."""
-    return Shape(blocks=1, width=1024, num_warps=4)
-
-
-@functools.cache
-def variant(kind: Kind, shape: Shape) -> Variant:
-    """The variant for this kind and shape."""
-    constants = {"CELL": CELLS[kind.dtype], "DIST": kind.dist, "COUNT": shape.blocks * shape.width}
-    return Variant(perturb_rows, constants, shape.num_warps)
-
-
-KINDS = [Kind(dtype, dist) for dtype in CELLS for dist in ("rademacher", "gaussian")]
-KERNEL = Kernel("perturb-rows", variant, default, kinds=KINDS)
-KERNELS = (KERNEL,)
+# Rows are few: no GPU has shapes of its own for this kernel.
+KERNELS = ()
+VARIANTS = {
+    kind: Variant(perturb_rows, {"CELL": CELLS[kind.dtype], "DIST": kind.dist, "COUNT": 1024}, num_warps=4)
+    for kind in KINDS
+    if not kind.stochastic
+}
 
 
 def perturb_rows_(rows: torch.Tensor, numbers: torch.Tensor, seed: int, scale: float, place: Place) -> None:
@@ -71,8 +60,8 @@ def perturb_rows_(rows: torch.Tensor, numbers: torch.Tensor, seed: int, scale: f
     s = np.float32(scale) * np.float32(place.factors[0])
     with device_context(rows.device):
         n = rows.numel()
-        launched = KERNEL.variant_for(Kind(rows.dtype, place.dist), n, rows.device)
-        programs = triton.cdiv(n, launched.constants["COUNT"])
-        launched.launch(
+        variant = VARIANTS[Kind(rows.dtype, place.dist)]
+        programs = triton.cdiv(n, variant.constants["COUNT"])
+        variant.launch(
             programs, numbers, rows.data_ptr(), n, rows.shape[-1], place.streams[0], int(float_bits(s)), seed
         )
