@@ -275,6 +275,12 @@ def op_rows(backend: ModuleType, n: int) -> Iterator[tuple[str, Callable[[], Row
         seed = 2 if rounding else None
         return bandwidth_row(lambda: backend.perturb_([x], 1, SCALE, Place.single(dist), seed), 2 * x.nbytes)
 
+    def perturb_rows(dtype: torch.dtype, dist: str) -> Row:
+        rows = weights(few // 512 * 512 or few, dtype).reshape(-1, min(few, 512))
+        numbers = torch.arange(len(rows), device=DEVICE).flip(0)
+        place = Place.single(dist)
+        return bandwidth_row(lambda: backend.perturb_rows_(rows, numbers, 1, SCALE, place), 2 * rows.nbytes)
+
     def replay(dtype: torch.dtype, dist: str, rounding: bool) -> Row:
         x = weights(few, dtype)
         arguments = ([x], seeds, coefficients, Place.single(dist), seeds if rounding else None)
@@ -302,6 +308,7 @@ def op_rows(backend: ModuleType, n: int) -> Iterator[tuple[str, Callable[[], Row
         yield f"perturb_ {name}", partial(perturb, *how)
         yield f"replay_ {RECORDS} {name}", partial(replay, *how)
         if not rounding:
+            yield f"perturb_rows_ {name}", partial(perturb_rows, dtype, dist)
             yield f"project {RECORDS} {name}", partial(project, dtype, dist)
         for rule in (hk.SGD(), hk.AdamW()):
             label = f"update_ {RECORDS} x {DIRECTIONS} {rule.name} {name}"

@@ -117,6 +117,17 @@ def test_perturb(benchmark: Any, kind: tuple[str, str, bool], device: str, size:
     timed(benchmark, lambda: hk.perturb_(x, 1, SCALE, dist=dist, **how), name, f"{size:,}", dtype, x.nbytes, device)
 
 
+@pytest.mark.parametrize("dist", DISTRIBUTIONS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_perturb_rows(benchmark: Any, dtype: str, dist: str, device: str, size: int) -> None:
+    """Time rows of 512 elements of a table with 50,000 of them, in any order."""
+    (rows,) = weights([(size // 512, 512)], dtype, device)
+    numbers = torch.randint(0, 50_000, (len(rows),), device=device)
+    name = op_name("perturb_rows_", dist)
+    call = lambda: hk.perturb_rows_(rows, numbers, 1, SCALE, dist=dist)  # noqa: E731
+    timed(benchmark, call, name, f"{size:,}", dtype, rows.nbytes, device)
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=label)
 def test_replay(benchmark: Any, kind: tuple[str, str, bool], device: str, size: int) -> None:
     dtype, dist, stochastic = kind

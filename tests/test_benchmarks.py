@@ -402,7 +402,18 @@ def test_the_suites_by_themselves(tmp_path, monkeypatch):
     assert done.returncode == 0, done.stdout[-2000:]
     rows = json.loads(found.read_text())["benchmarks"]
     ops = {row["name"].partition("[")[0].removeprefix("test_") for row in rows}
-    assert ops == {"roof", "mezo", "noise", "perturb", "replay", "project", "update", "list", "list_roof"}
+    assert ops == {
+        "roof",
+        "mezo",
+        "noise",
+        "perturb",
+        "perturb_rows",
+        "replay",
+        "project",
+        "update",
+        "list",
+        "list_roof",
+    }
     groups = {row["group"] for row in rows}
     assert {"cpu 1,024 float32", "cpu 1,024 by 8 records bfloat16", "cpu list LoRA of OPT-125M float32"} <= groups
     assert all(row["extra_info"]["bytes"] > 0 for row in rows)

@@ -408,7 +408,7 @@ arguments = {  # of a launch: odd numbers and round ones, small and large, none 
     "replay": (t[1:], i, t, 64),
     "update": (t, i[1:], t, 3, 1, 2**30, -1, 16, 0, 7),
     "project": (t, i, t[1:], 64, 2**45),
-    "rows": (t[1:], 2**40 + 8, 16, 384, 2**32 - 1, -5, most),
+    "rows": (t[1:], 2**40 + 8, 384, 2, 2**32 - 1, -5, most),
 }
 found = {}
 for name, variant in variants(90).items():
