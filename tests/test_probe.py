@@ -684,9 +684,9 @@ def test_a_weight_is_freed_when_its_layer_has_run():
             assert [ref() for ref in alive] == [None]
             return out
 
-    module = nn.Sequential(Looks(4, 4), Counts(4, 4))
+    module = nn.Sequential(Looks(150, 150), Counts(150, 150))  # larger than what is displaced in groups
     with torch.no_grad():
-        evaluate_displaced(module, torch.randn(1, 4), displacement(module))
+        evaluate_displaced(module, torch.randn(1, 150), displacement(module))
     assert len(alive) == 1
 
 
@@ -703,10 +703,25 @@ def test_a_weight_asked_for_its_dtype_is_made_once(monkeypatch):
 
     made = []
     monkeypatch.setattr("hosfl.probing.displaced.perturb_", lambda *a, **k: made.append(1) or perturb_(*a, **k))
-    module = Asks(3, 2)
+    module = Asks(150, 150)
     with torch.no_grad():
-        evaluate_displaced(module, torch.randn(1, 3), displacement(module))
+        evaluate_displaced(module, torch.randn(1, 150), displacement(module))
     assert len(made) == 2
+
+
+def test_small_weights_are_made_in_groups(monkeypatch):
+    """Neighbours together, so many that a group stays small. A large weight goes by itself."""
+    made = []
+    monkeypatch.setattr(
+        "hosfl.probing.displaced.perturb_", lambda xs, *a, **k: made.append(len(xs)) or perturb_(xs, *a, **k)
+    )
+    # Of 9,120 elements each: seven of them stay below 2^16.
+    module = nn.Sequential(*(nn.Linear(95, 95) for _ in range(8)), nn.Linear(95, 200), nn.Linear(200, 10))
+    x = torch.randn(2, 95)
+    with torch.no_grad():
+        found = evaluate_displaced(module, x, displacement(module))
+    assert made == [14, 5, 1]
+    assert torch.equal(found, whole_copy(module, x, 7, MU, "gaussian"))
 
 
 # --- refused, and compiled ----------------------------------------------------------------------------------------

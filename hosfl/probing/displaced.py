@@ -21,6 +21,10 @@ from hosfl_kernels import perturb_, perturb_rows_
 # table and back.
 LARGE = 1 << 20
 
+# Parameters of at most SMALL elements are displaced in groups, of neighbours with at most TOGETHER elements: a call of
+# the kernel takes longer than the sums of a small one.
+SMALL, TOGETHER = 1 << 14, 1 << 16
+
 
 class WeightSource(Protocol):
     """Supplies the tensors that a module reads in place of some of its parameters."""
@@ -35,6 +39,9 @@ class WeightSource(Protocol):
 
     def table(self, parameter: Tensor) -> Tensor:
         """The tensor in place of an nn.Embedding's weight. It may be made row by row, in lookups."""
+
+    def release(self) -> None:
+        """Free what is kept for the rest of a pass: it has ended."""
 
 
 class WeightCopies:
@@ -53,6 +60,9 @@ class WeightCopies:
     def table(self, parameter: Tensor) -> Tensor:
         return self.whole(parameter)
 
+    def release(self) -> None:
+        pass
+
 
 class Displacement:
     """Makes th_t + scale * factor_t * z(seed, stream_t) for a parameter t, or some of its rows, when it is read."""
@@ -70,8 +80,10 @@ class Displacement:
         self.seed, self.scale, self.dist = seed, scale, dist
         self.noise = {id(p): (s, f) for p, s, f in zip(parameters, streams, factors, strict=True)}  # (stream, factor)
         self.read = False
+        self._groups = _groups_of_small(parameters)
         self._existing: dict[int, ref[Tensor]] = {}  # displaced tensors by the parameter's id
         self._last: Tensor | None = None
+        self._last_group: list[Tensor] = []
 
     def replaces(self, parameter: Tensor | None) -> bool:
         return id(parameter) in self.noise
@@ -80,25 +92,34 @@ class Displacement:
         """Return the displaced parameter, of the same dtype, shape and strides.
 
         It is not made again while a reference to it exists. A reference to the last one is kept, since layers read
-        `weight.dtype` before `weight`. It requires grad as the parameter does: torch chooses its matrix product by
-        that, even if no graph is recorded.
+        `weight.dtype` before `weight`, and to those of the last group of small ones. It requires grad as the parameter
+        does: torch chooses its matrix product by that, even if no graph is recorded.
         """
         reference = self._existing.get(id(parameter))
         tensor = None if reference is None else reference()
         if tensor is None:
-            self._last = None  # frees it before the next one is made
-            tensor = self._make(parameter)
-            self._existing[id(parameter)] = ref(tensor)
+            group = self._groups.get(id(parameter), [parameter])
+            # Frees the last one before the next one is made.
+            self._last, self._last_group = None, self._last_group if len(group) == 1 else []
+            made = self._make(group)
+            self._existing |= {id(p): ref(t) for p, t in zip(group, made, strict=True)}
+            self._last_group = made if len(group) > 1 else self._last_group
+            tensor = next(t for p, t in zip(group, made, strict=True) if p is parameter)
         self._last = tensor
         return tensor
 
-    def _make(self, parameter: Tensor) -> Tensor:
-        """Make the displaced parameter."""
-        tensor = parameter.detach().clone(memory_format=torch.contiguous_format)
-        self._perturb(tensor, parameter)
-        if not parameter.is_contiguous():  # channels_last: other strides would choose other kernels
-            tensor = torch.empty_like(parameter).copy_(tensor)
-        return nn.Parameter(tensor)
+    def release(self) -> None:
+        self._last, self._last_group = None, []
+
+    def _make(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """Make displaced parameters."""
+        tensors = [p.detach().clone(memory_format=torch.contiguous_format) for p in parameters]
+        self._perturb(tensors, parameters)
+        # channels_last: other strides would choose other kernels.
+        return [
+            nn.Parameter(tensor if p.is_contiguous() else torch.empty_like(p).copy_(tensor))
+            for p, tensor in zip(parameters, tensors, strict=True)
+        ]
 
     def table(self, parameter: Tensor) -> Tensor:
         """Return the displaced weight of an nn.Embedding, whose rows are made in lookups."""
@@ -110,11 +131,14 @@ class Displacement:
         self._perturb_rows(rows, table, indices)
         return rows
 
-    def _perturb(self, tensor: Tensor, parameter: Tensor) -> None:
-        """Perturb in place: a contiguous copy of a parameter."""
-        stream, factor = self.noise[id(parameter)]
-        scale = self._scale_of(parameter)
-        perturb_(tensor, self.seed, scale, dist=self.dist, factors=[factor], streams=[stream])
+    def _perturb(self, tensors: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
+        """Perturb in place: contiguous copies of parameters. One call of the kernel for each scale and device."""
+        alike: dict[Any, list[tuple[Tensor, int, float]]] = {}
+        for tensor, p in zip(tensors, parameters, strict=True):
+            alike.setdefault((self._scale_of(p), p.device), []).append((tensor, *self.noise[id(p)]))
+        for (scale, _), members in alike.items():
+            copies, streams, factors = zip(*members, strict=True)
+            perturb_(copies, self.seed, scale, dist=self.dist, factors=factors, streams=streams)
 
     def _perturb_rows(self, rows: Tensor, table: Tensor, indices: Tensor) -> None:
         """Perturb in place: copies of the table's rows at `indices`."""
@@ -125,6 +149,21 @@ class Displacement:
     def _scale_of(self, parameter: Tensor) -> float:
         """The scale of a parameter's displacement; its factor comes to it."""
         return self.scale
+
+
+def _groups_of_small(parameters: Sequence[Tensor]) -> dict[int, list[Tensor]]:
+    """The group of every small parameter, by its id: see `SMALL`."""
+    groups: list[list[Tensor]] = [[]]
+    elements = 0
+    for p in parameters:
+        if p.numel() > SMALL:
+            continue
+        if elements + p.numel() > TOGETHER:
+            groups.append([])
+            elements = 0
+        groups[-1].append(p)
+        elements += p.numel()
+    return {id(p): group for group in groups for p in group}
 
 
 class DisplacedTable(Tensor):
@@ -219,6 +258,7 @@ def displaced(module: nn.Module, source: WeightSource) -> Iterator[None]:
         with uninterrupted():
             for m, attributes in zip(owners, before, strict=True):
                 m.__dict__.update(attributes)
+            source.release()
 
     try:
         try:
@@ -307,9 +347,10 @@ def refuse_references(module: nn.Module, inputs: Inputs) -> None:
 def evaluate_displaced(module: nn.Module, inputs: Inputs, displacement: Displacement) -> Any:
     """Compute f(inputs; th + s * u), with the bits of `functional_call` on a displaced copy of the module.
 
-    One displaced weight at a time is in memory, and of an nn.Embedding only the rows that are looked up. An nn.LSTM,
-    GRU or RNN keeps all its weights to the end of the pass, and so does a compiled module. Assignments to parameters in
-    the forward pass are dropped. Not safe while another thread runs the module.
+    In memory are one displaced weight at a time, a group of small ones (256 KB in float32), and of an nn.Embedding only
+    the rows that are looked up. An nn.LSTM, GRU or RNN keeps all its weights to the end of the pass,
+    and so does a compiled module. Assignments to parameters in the forward pass are dropped. Not safe while another
+    thread runs the module.
 
     Raises: TypeError for scripted modules; ValueError for embeddings with max_norm, which write their weights;
     RuntimeError if the forward pass writes an embedding's table in another way.

@@ -34,10 +34,11 @@ class Tangents(Displacement):
     ) -> None:
         super().__init__(parameters, streams, seed, 1.0, dist, factors)
 
-    def _make(self, parameter: Tensor) -> Tensor:
-        tangent = _zeros(parameter, parameter.shape)
-        self._perturb(tangent, parameter)
-        return forward_ad.make_dual(parameter.detach(), tangent.to(parameter.dtype))
+    def _make(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        tangents = [_zeros(p, p.shape) for p in parameters]
+        self._perturb(tangents, parameters)
+        pairs = zip(parameters, tangents, strict=True)
+        return [forward_ad.make_dual(p.detach(), tangent.to(p.dtype)) for p, tangent in pairs]
 
     def lookup(self, table: Tensor, indices: Tensor) -> Tensor:
         tangents = _zeros(table, (*indices.shape, table.shape[1]))
