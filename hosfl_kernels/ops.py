@@ -181,7 +181,7 @@ def perturb_rows_(
     rows[k] += scale * factor * z[numbers[k] * d : (numbers[k] + 1) * d].
 
         rows = table[indices]  # what an embedding looks up
-        hosfl_kernels.perturb_rows_(rows, indices, seed=7, scale=1e-3)  # as if the table had been moved before
+        hosfl_kernels.perturb_rows_(rows, indices, seed=7, scale=1e-3)  # as if the table had moved
 
     Args:
         rows: tensor or array [..., d], float32, bfloat16 or float16, contiguous. Every row is moved once.

@@ -32,7 +32,7 @@ def test_all_backends_pass(monkeypatch, capsys):
     for backend in ("numpy", "cpp", "triton"):
         assert f"ok   {backend:6} perturb_ bfloat16 gaussian stochastic" in said
         assert f"ok   {backend:6} philox" in said
-    assert {op.split()[0] for op in cases} == {"perturb_", "replay_", "update_", "project"}
+    assert {op.split()[0] for op in cases} == {"perturb_", "perturb_rows_", "replay_", "update_", "project"}
     for isa in _cpp.supported():
         assert f"     cpp    {isa} of" in said
     for backend in ("cpp", "triton"):
