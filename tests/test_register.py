@@ -46,6 +46,21 @@ def test_compile_does_not_recompile_per_seed(dist):
     assert counter.frame_count <= 2
 
 
+def test_compile_does_not_recompile_per_lookup():
+    table = torch.randn(50, 3)
+
+    def f(indices, seed):
+        rows = table[indices]
+        hk.perturb_rows_(rows, indices, seed, 0.5, factor=2.0, stream=3)
+        return rows * 2
+
+    compiled, counter = counted(f)
+    for count, seed in enumerate(SEEDS, 2):
+        indices = torch.arange(count).flip(0)
+        assert torch.equal(compiled(indices, seed), f(indices, seed))
+    assert counter.frame_count <= 2
+
+
 def test_compile_does_not_recompile_per_record():
     def f(x, seeds, coefficients):
         hk.replay_(x, seeds, coefficients)
