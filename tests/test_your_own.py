@@ -8,6 +8,7 @@ import random
 import re
 import subprocess
 import sys
+import warnings
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -668,6 +669,15 @@ def test_the_same_samples_make_the_same_run_however_they_are_given():
     assert len(losses) == 1
 
 
+def test_arrays_of_any_layout_in_memory_are_taken():
+    read_only, labels = X.numpy().copy(), Y.numpy()
+    read_only.flags.writeable = False
+    for array in (read_only, X.flip(0).numpy()[::-1], X.numpy().astype(">f4")):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert torch.equal(as_dataset((array, labels), "train").inputs, X)
+
+
 def test_no_more_is_read_than_is_needed():
     given = Numbered(10_000)
     given.targets = given.y  # as torchvision's data sets have
@@ -1080,6 +1090,16 @@ LATER = {
         {"model": Pair(), "at": "down", "train": ({"a": X, "b": X}, Y), "test": ({"a": X, "b": X}, Y)},
         TypeError,
         "it takes several inputs, a, b, and only one can be followed; build a SplitModel",
+    ),
+    "halves, and a place to cut": (
+        {"model": (nn.Linear(4, 6), nn.Linear(6, 2)), "at": 1},
+        ValueError,
+        "cut already: leave out at = 1",
+    ),
+    "a name that the client half has not": (
+        {"model": (Texts(True), Tags()), "at": None, "train": ({"ids": IDS}, Y), "test": ({"ids": IDS}, Y)},
+        DataError,
+        r"train: the model does not take samples of ids int64 \[2, 6\].* unexpected keyword argument 'ids'",
     ),
     "an unknown token": (
         tokens(IDS.index_put((torch.tensor([30]), torch.tensor([1])), torch.tensor(9))),

@@ -171,7 +171,7 @@ def _naming(name: str, inputs: Inputs) -> Iterator[None]:
     """Context manager: of errors about inputs that do not fit the model, make DataErrors with the data set's name."""
     try:
         yield
-    except MISMATCH_ERRORS as error:
+    except (*MISMATCH_ERRORS, TypeError) as error:  # TypeError: of names that are no arguments of the half
         samples = describe_inputs(inputs) + _ranges(inputs)
         raise DataError(f"{name}: the model does not take samples of {samples} ({_first_line(error)})") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -250,8 +251,13 @@ def _as_tensor(array: Any, name: str) -> Tensor:
         array = np.asarray(array)  # such as pandas' frames and columns
         if array.dtype.kind in "OUS":
             raise DataError(f"{name}: text or objects: make numbers of them, and of classes those from 0 on")
+        if min(array.strides, default=0) < 0 or not array.dtype.isnative:  # of which torch makes no tensors
+            array = array.astype(array.dtype.newbyteorder("="), order="C")
     try:
-        tensor = torch.as_tensor(array)
+        with warnings.catch_warnings():
+            # Frames of pandas and mapped files are often read-only, and data are never written.
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            tensor = torch.as_tensor(array)
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"{name}: no array of numbers ({error})") from None
     if tensor.dim() == 0:
