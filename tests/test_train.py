@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -24,11 +25,13 @@ from hosfl.cli import main, parser
 from hosfl.commands import resume_command
 from hosfl.methods import METHODS
 from hosfl.protocol.records import EpochRecord
+from hosfl.protocol.terms import Diverged
 from hosfl.runs import trainer
 from hosfl.runs.assemble import assemble
 from hosfl.runs.checkpoint import load_id, next_epoch
 from hosfl.runs.config import with_shared
 from hosfl.runs.trainer import restore, save_snapshot
+from hosfl.studies import compare as comparison
 from hosfl.tasks import make_task
 
 CLIENT_RATE = {"splitfed": 0.2, "hosl": 0.2, "mu-splitfed": 0.4}  # where none is tuned
@@ -280,6 +283,23 @@ def test_ctrl_c_in_a_command(handler, monkeypatch, capsys, words, lost):
     assert main(words) == 130
     more = "; what came after the last snapshot or result is lost" if lost else ""
     assert capsys.readouterr().err == f"hosfl: interrupted{more}\n"
+
+
+def test_a_run_that_fails_leaves_the_table_of_those_before_it(tmp_path, capsys, caplog, monkeypatch):
+    def train(config, *args, original=trainer.train):
+        if config.seed == 5:
+            raise Diverged("far away")
+        return original(config, *args)
+
+    monkeypatch.setattr(comparison, "train", train)
+    words = ["compare", "--rounds", "2", "--batch", "8", "--methods", "frozen", "--seeds"]
+    assert main([*words, "3", "4", "5", "6", "--out", str(tmp_path / "c")]) == 1
+    assert "the run diverged: far away" in capsys.readouterr().err
+    assert re.search(r"frozen-5 ended in an error; .*table.json has the 2 runs before it", caplog.text)
+    table = json.loads((tmp_path / "c" / "table.json").read_text())
+    assert (table["interrupted"], table["methods"]["frozen"]["seeds"]) == (True, [3, 4])
+    assert main([*words, "5", "--out", str(tmp_path / "d")]) == 1  # it is the first
+    assert not (tmp_path / "d" / "table.json").exists()
 
 
 @pytest.mark.parametrize(("place", "done"), [("assemble", 0), ("evaluate", 0), ("check_learnt", 1)])

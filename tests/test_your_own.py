@@ -2,11 +2,13 @@
 
 import copy
 import json
+import math
 import pickle
 import random
 import re
 import subprocess
 import sys
+import warnings
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -179,13 +181,15 @@ def test_options_become_what_the_function_takes(file, tmp_path):
     assert train(same, tmp_path / "run", resume=True).rounds == 3
 
 
-def test_a_run_that_learns_from_nobody_fails_and_says_why(file, tmp_path, capsys):
+def test_a_run_that_learns_from_nobody_fails_and_says_why(file, tmp_path, capsys, caplog):
     command = ["train", "--task", f"{file}:single", "--clients", "3", "--sampled", "2", "--batch", "1", "--rounds", "3"]
     run = tmp_path / "run"
     assert main([*command, "--out", str(run)]) == 1
     why = "the server learnt from no cut in 3 rounds"
     first = r"round 0, client \d: nothing can be learnt from it: ValueError: Expected more than 1 value per channel"
-    assert re.search(rf"^hosfl: {why}: {first}", capsys.readouterr().err, re.MULTILINE)
+    told = capsys.readouterr().err
+    assert re.search(rf"^hosfl: {why}: {first}", told, re.MULTILINE)
+    assert caplog.messages[0].startswith("the server learnt from no cut in the first round: round 0, client ")
     summary = json.loads((run / "summary.json").read_text())
     assert re.match(rf"{why}: {first}", summary["failure"])
     assert (summary["rounds"], len(summary["refused"])) == (3, 6)
@@ -665,6 +669,15 @@ def test_the_same_samples_make_the_same_run_however_they_are_given():
     assert len(losses) == 1
 
 
+def test_arrays_of_any_layout_in_memory_are_taken():
+    read_only, labels = X.numpy().copy(), Y.numpy()
+    read_only.flags.writeable = False
+    for array in (read_only, X.flip(0).numpy()[::-1], X.numpy().astype(">f4")):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert torch.equal(as_dataset((array, labels), "train").inputs, X)
+
+
 def test_no_more_is_read_than_is_needed():
     given = Numbered(10_000)
     given.targets = given.y  # as torchvision's data sets have
@@ -947,6 +960,20 @@ def padded(labels, pools=False, **more):
     return {"model": (Texts(pools), Tags()), "at": None, "train": texts, "test": texts, "loss": crossed, **more}
 
 
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, a, b):
+        return self.down(torch.tanh(self.up(a + b)))
+
+
+def tokens(ids):
+    halves = nn.Embedding(9, 4), nn.Sequential(nn.Flatten(), nn.Linear(24, 2))
+    return {"model": halves, "at": None, "train": (ids, Y), "test": (IDS, Y)}
+
+
 def one_output(out):
     net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1), *out)
     binary = nn.functional.binary_cross_entropy_with_logits
@@ -1053,6 +1080,48 @@ LATER = {
         {"loss": lambda o, y: nn.functional.cross_entropy(o, y, reduction="none")},
         TypeError,
         "the loss of a batch is a tensor",
+    ),
+    "a loss that is a sum": (
+        {"loss": lambda o, y: nn.functional.cross_entropy(o, y, reduction="sum")},
+        TypeError,
+        "the loss of a batch is a sum",
+    ),
+    "several inputs, and no halves": (
+        {"model": Pair(), "at": "down", "train": ({"a": X, "b": X}, Y), "test": ({"a": X, "b": X}, Y)},
+        TypeError,
+        "it takes several inputs, a, b, and only one can be followed; build a SplitModel",
+    ),
+    "halves, and a place to cut": (
+        {"model": (nn.Linear(4, 6), nn.Linear(6, 2)), "at": 1},
+        ValueError,
+        "cut already: leave out at = 1",
+    ),
+    "a name that the client half has not": (
+        {"model": (Texts(True), Tags()), "at": None, "train": ({"ids": IDS}, Y), "test": ({"ids": IDS}, Y)},
+        DataError,
+        r"train: the model does not take samples of ids int64 \[2, 6\].* unexpected keyword argument 'ids'",
+    ),
+    "an unknown token": (
+        tokens(IDS.index_put((torch.tensor([30]), torch.tensor([1])), torch.tensor(9))),
+        DataError,
+        r"train: the model does not take samples of int64 \[2, 6\], from 1 to 9 \(IndexError",
+    ),
+    "unknown tokens from the start": (tokens(IDS + 9), DataError, r"train: the model does not take .*, from 11 to 17 "),
+    "an unknown token of the test data": (
+        {**tokens(IDS), "test": (IDS - IDS[7, 2] - 1, Y)},
+        DataError,
+        r"test: the model does not take .*, from -",
+    ),
+    "infinite numbers": (
+        {"train": (X.index_fill(1, torch.tensor([1]), math.inf), Y)},
+        ValueError,
+        r"makes infinite or NaN gradients of the example, float32 \[2, 4\]: look for such numbers in the data",
+    ),
+    "no inputs": ({"train": {"labels": Y}, "test": ({}, Y)}, DataError, "train has no inputs"),
+    "classes in a column": (
+        {"train": (X, Y[:, None]), "test": (X, Y[:, None])},
+        ValueError,
+        r"use partition iid, or give groups \(they are int64 \[40, 1\], and classes are integers \[40\]\)",
     ),
     "a loss that is a number": ({"loss": lambda o, y: 1.0}, TypeError, "the loss of a batch is a float"),
     "a metric per sample": (

@@ -171,6 +171,9 @@ class _Tracer(BufferTracer):
         after_self = [*signature(root_fn).parameters.values()][1:]
         kinds = {p.name: p.kind for p in after_self if p.kind not in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)}
         name = next(iter(kinds), "x")
+        needed = [p.name for p in after_self if p.name in kinds and p.default is Parameter.empty]
+        if {*needed} - {name}:
+            raise TypeError(f"it takes several inputs, {', '.join(needed)}, and only one can be followed")
         value = self.create_proxy("placeholder", name, (), {})
         if kinds.get(name) is Parameter.KEYWORD_ONLY:
             return lambda: root_fn(self.root, **{name: value}), []

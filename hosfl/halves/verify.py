@@ -10,6 +10,7 @@ gradients, modes and random generators.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -67,8 +68,16 @@ def verify_halves(model: nn.Module, halves: Any, inputs: Inputs) -> None:
     except Exception as error:
         reason = str(error) or type(error).__name__  # an assert often has no message
         raise ExampleError(f"{_name(model)} does not take the example, {describe_inputs(inputs)}: {reason}") from error
-    if not torch.isfinite(whole.output).all():
-        raise ExampleError(f"{_name(model)} makes infinite or NaN outputs of the example")
+    finite = {
+        "outputs": bool(torch.isfinite(whole.output).all()),
+        "gradients": all(math.isfinite(value) for sketch in whole.gradients.values() for value in sketch),
+    }
+    for what, is_finite in finite.items():
+        if not is_finite:
+            raise ExampleError(
+                f"{_name(model)} makes infinite or NaN {what} of the example, {describe_inputs(inputs)}: look for such"
+                " numbers in the data and in the weights"
+            )
     try:
         with isolated() as copies:
             parts = _record_pass(lambda: halves(copies), originals, modules)

@@ -304,6 +304,10 @@ def partition(task: Task, config: Settings, smallest_shard: int | None = None) -
     else:
         groups = train.labels if task.groups is None else task.groups
         if groups.dim() != 1 or groups.is_floating_point():
-            raise ValueError("labels that are no classes cannot divide the data: use partition iid, or give groups")
+            kind = str(groups.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"labels that are no classes cannot divide the data: use partition iid, or give groups (they are {kind}"
+                f" {[*groups.shape]}, and classes are integers [{len(groups)}])"
+            )
         indices = dirichlet_split(groups, parts, config.alpha, config.seed)
     return [train[chosen] for chosen in indices]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from hosfl.halves.adapters import refuse_idle_adapters
 from hosfl.halves.inputs import Inputs, call, clone_tensors, describe_inputs, evaluating, mask_of, outputs_match
@@ -16,6 +19,7 @@ from hosfl.tasks.items import Items, read
 from hosfl.tasks.reading import DataError
 from hosfl.tasks.task import Task, TaskError
 
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 MISMATCH_ERRORS = (RuntimeError, IndexError, ValueError)  # torch raises them for shapes and classes that do not fit
 
 
@@ -32,7 +36,9 @@ def check_compatibility(task: Task, model: SplitModel, data: Dataset | Items) ->
     inputs = clone_tensors(sample.inputs)
     before = _weights_state(model.client)
     with evaluating(model):
-        cut = clone_tensors(call(model.client, inputs))  # a copy, since the next pass may write into the same tensor
+        with _naming("train", sample.inputs):
+            # A copy, since the next pass may write into the same tensor.
+            cut = clone_tensors(call(model.client, inputs))
         if _weights_state(model.client) != before:
             raise ValueError(
                 "the client half writes its weights in a forward pass, and they are then no longer everybody's: leave"
@@ -43,7 +49,8 @@ def check_compatibility(task: Task, model: SplitModel, data: Dataset | Items) ->
                 f"the cut is {cut.dtype}, and both halves learn from a gradient there, which only real numbers have:"
                 " cut elsewhere"
             )
-        second_cut, output = call(model.client, inputs), model(clone_tensors(sample.inputs))
+        with _naming("train", sample.inputs):
+            second_cut, output = call(model.client, inputs), model(clone_tensors(sample.inputs))
         for name, value in (("the cut", cut), ("the output", output)):
             if not isinstance(value, Tensor) or value.shape[:1] != (len(sample),):
                 raise TaskError(
@@ -65,6 +72,7 @@ def check_compatibility(task: Task, model: SplitModel, data: Dataset | Items) ->
         raise TaskError(
             f"the loss of a batch is {_describe(loss)}: a tensor of one element, the mean over the batch, is needed"
         )
+    _refuse_sum(task, output, sample.labels, loss)
     _check_dtype(model, sample.inputs, cut, output)
     refuse_idle_adapters(model.client, sample.inputs)
     task.check_default_metric(output, sample.labels)
@@ -79,6 +87,7 @@ def check_compatibility(task: Task, model: SplitModel, data: Dataset | Items) ->
             raise DataError(f"{error}; is there a label for each token? Then give the task ignore_index") from error
         _check_mask(short, cut)
     _check_sets(task, model, sample.labels.device)
+    _check_integers(task, model, sample.labels.device)
     return shape, sample
 
 
@@ -89,6 +98,42 @@ def _weights_state(half: nn.Module) -> list[Any]:
     """
     weights = list(half.parameters())
     return [digest(weights), *((p._version, p.data_ptr()) for p in weights)]
+
+
+def _refuse_sum(task: Task, output: Tensor, labels: Tensor, loss: Tensor) -> None:
+    """Raises TaskError for a loss that is the sum over the batch: of every sample three times it is three times it."""
+    with torch.no_grad():
+        repeated = _loss_of(task, "train", torch.cat([output] * 3), torch.cat([labels] * 3))
+    once, thrice = float(loss), float(repeated)
+    if once and math.isclose(thrice, 3 * once, rel_tol=1e-3):
+        raise TaskError(
+            f"the loss of a batch is a sum: with every sample three times it is {thrice:g}, and with each once"
+            f' {once:g}. The mean over the batch is needed, such as with reduction="mean"'
+        )
+
+
+def _check_integers(task: Task, model: SplitModel, device: torch.device) -> None:
+    """Raises DataError for a data set in memory with integers that the model does not take, such as unknown tokens.
+
+    Tries the samples with the smallest and the largest number of each input of integers. Of the clients' data sets it
+    tries those whose numbers lie outside the range so far.
+    """
+    tried: dict[str, tuple[int, int]] = {}
+    for name, data in task.sets():
+        if not isinstance(data, Dataset):
+            continue
+        inputs, chosen = data.inputs if isinstance(data.inputs, Mapping) else {"": data.inputs}, []
+        for key, values in inputs.items():
+            if values.dtype not in INTEGERS or not values.numel():
+                continue
+            rows = values.reshape(len(data), -1)
+            (low, first), (high, last) = (map(int, end) for end in (rows.amin(1).min(0), rows.amax(1).max(0)))
+            lowest, highest = tried.get(key, (low + 1, high))
+            if name in ("test", "validation") or low < lowest or high > highest:
+                tried[key] = min(lowest, low), max(highest, high)
+                chosen += [first, last]
+        if chosen:
+            _try_samples(task, model, name, read(data[torch.tensor(chosen)].to(device, dtype_of(model.client))))
 
 
 def _check_sets(task: Task, model: SplitModel, device: torch.device) -> None:
@@ -114,14 +159,21 @@ def _check_sets(task: Task, model: SplitModel, device: torch.device) -> None:
 def _try_samples(task: Task, model: SplitModel, name: str, sample: Dataset) -> Tensor:
     """Return the cut of samples. Raises DataError if model or loss do not take them. name: the data set's."""
     with evaluating(model):
-        try:
+        with _naming(name, sample.inputs):
             cut: Tensor = call(model.client, clone_tensors(sample.inputs))
             output = model(clone_tensors(sample.inputs))
-        except MISMATCH_ERRORS as error:
-            inputs = describe_inputs(sample.inputs)
-            raise DataError(f"{name}: the model does not take samples of {inputs} ({_first_line(error)})") from error
         _loss_of(task, name, output, sample.labels)
     return cut
+
+
+@contextmanager
+def _naming(name: str, inputs: Inputs) -> Iterator[None]:
+    """Context manager: of errors about inputs that do not fit the model, make DataErrors with the data set's name."""
+    try:
+        yield
+    except (*MISMATCH_ERRORS, TypeError) as error:  # TypeError: of names that are no arguments of the half
+        samples = describe_inputs(inputs) + _ranges(inputs)
+        raise DataError(f"{name}: the model does not take samples of {samples} ({_first_line(error)})") from error
 
 
 def _loss_of(task: Task, name: str, output: Tensor, labels: Tensor) -> Any:
@@ -137,6 +189,12 @@ def _loss_of(task: Task, name: str, output: Tensor, labels: Tensor) -> Any:
             f" ({_first_line(error)})"
         ) from error
     return loss
+
+
+def _ranges(inputs: Inputs) -> str:
+    """The ranges of inputs of integers, for error messages: ", from 0 to 20"."""
+    integers = [x for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.dtype in INTEGERS and x.numel()]
+    return "".join(f", from {x.min():g} to {x.max():g}" for x in integers)
 
 
 def _first_line(error: Exception) -> str:

@@ -359,6 +359,8 @@ class _RunLoop:
         if self.events is not None:
             self.events.round(federation, self.done, self.loss)
         self.writer.round(federation, self.done, self.loss)
+        if self.done == 1 and not federation.server.learnt and federation.refused:
+            log.warning("the server learnt from no cut in the first round: %s", federation.refused[0])
         due = self.done % config.evaluate_every == 0 or self.done == config.rounds
         if due:
             self.last = self.writer.add(self.evaluate())

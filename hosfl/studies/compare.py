@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -22,6 +23,8 @@ from hosfl.runs.report import Evaluation, Summary, gap_recovered, machine, metri
 from hosfl.runs.trainer import Progress, interruptible, train
 from hosfl.settings import DEFAULTS
 
+log = logging.getLogger(__name__)
+
 CATEGORIES = (
     *("cut up", "labels up", "mask up", "multiplier down", "losses down", "scalars up", "scalars down", "gradient up"),
     *("weights up", "weights down", "statistics up", "samples up", "statistics down"),
@@ -35,8 +38,9 @@ def compare(
     """Run every configuration, write out/table.json, out/curves.png and a folder per run, and return the table.
 
     bar: context manager that shows the progress of one run. Ctrl-C ends the current run and skips the rest; the table
-    then holds the finished runs. Raises ValueError for a method and seed that occur twice, FileExistsError if `out`
-    holds a comparison, ProvenanceError if the data change between runs.
+    then holds the finished runs. So it does where a run raises an error, which is raised again. Raises ValueError for a
+    method and seed that occur twice, FileExistsError if `out` holds a comparison, ProvenanceError if the data change
+    between runs.
     """
     pairs = [(short_name(config.method), config.seed) for config in configs]
     for method, seed in pairs:
@@ -47,14 +51,21 @@ def compare(
         raise FileExistsError(f"{out} holds a comparison already: choose another folder or delete it")
     runs: dict[str, list[Summary]] = {}
     curves: dict[str, list[Sequence[Evaluation]]] = {}
+    failure: Exception | None = None
     with interruptible() as interrupted:
         for config in configs:
             if interrupted.is_set():
                 break
             name = short_name(config.method)
             folder = out / f"{name}-{config.seed}"
-            with bar(config) as progress:
-                summary = train(config, folder, progress)
+            try:
+                with bar(config) as progress:
+                    summary = train(config, folder, progress)
+            except Exception as error:
+                if not runs:
+                    raise
+                failure = error
+                break
             if summary.interrupted:
                 break
             runs.setdefault(name, []).append(summary)
@@ -80,6 +91,10 @@ def compare(
         seeds = max(len(s) for s in runs.values())
         shown = f"mean of {seeds} seeds, band from worst to best" if seeds > 1 else f"seed {configs[0].seed}"
         plot_curves(curves, out / "curves.png", f"{configs[0].task}: {shown}")
+    if failure is not None:
+        done = sum(map(len, runs.values()))
+        log.warning("%s ended in an error; %s has the %d runs before it", folder, out / "table.json", done)
+        raise failure
     return table
 
 

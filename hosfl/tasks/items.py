@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -153,15 +154,13 @@ def as_dataset(data: Any, name: str) -> Dataset | Items:
     elif isinstance(data, tuple):
         if len(data) != 2:
             raise DataError(f"{name} is a tuple of {len(data)}: a pair (inputs, labels) is needed")
-        inputs = data[0]
-        arrays = {k: _as_tensor(v, f"{name}, {k}") for k, v in inputs.items()} if isinstance(inputs, Mapping) else None
-        labels = _as_labels(_as_tensor(data[1], f"{name}, labels"), name)
-        dataset = Dataset(arrays or _as_tensor(inputs, f"{name}, inputs"), labels)
+        arrays = _as_inputs(data[0], name, "inputs")
+        dataset = Dataset(arrays, _as_labels(_as_tensor(data[1], f"{name}, labels"), name))
     elif isinstance(data, Mapping):
         key = next((key for key in LABEL_NAMES if key in data), None)
         if key is None:
             raise DataError(f"{name} has {', '.join(map(str, data))}; one must be called labels")
-        arrays = {k: _as_tensor(v, f"{name}, {k}") for k, v in data.items() if k != key}
+        arrays = _as_inputs({k: v for k, v in data.items() if k != key}, name)
         dataset = Dataset(arrays, _as_labels(_as_tensor(data[key], f"{name}, {key}"), name))
     elif _is_indexable(data):
         dataset = Items(data, torch.arange(len(data)), name)
@@ -181,12 +180,18 @@ def as_dataset(data: Any, name: str) -> Dataset | Items:
     return dataset
 
 
+def _as_inputs(inputs: Any, name: str, unnamed: str = "") -> Tensor | dict[str, Tensor]:
+    """Convert an array or a mapping of arrays to tensors. name, unnamed: of a data set and of an array, for errors."""
+    if not isinstance(inputs, Mapping):
+        return _as_tensor(inputs, f"{name}, {unnamed}" if unnamed else name)
+    if not inputs:
+        raise DataError(f"{name} has no inputs: give the arguments of the client half by name")
+    return {k: _as_tensor(v, f"{name}, {k}") for k, v in inputs.items()}
+
+
 def as_inputs(data: Any, name: str) -> Tensor | dict[str, Tensor]:
     """Convert inputs without labels, an array or a mapping of arrays, to tensors. Raises DataError for what is none."""
-    if isinstance(data, Mapping):
-        inputs: Tensor | dict[str, Tensor] = {k: _as_tensor(v, f"{name}, {k}") for k, v in data.items()}
-    else:
-        inputs = _as_tensor(data, name)
+    inputs = _as_inputs(data, name)
     sizes = {len(x) for x in (inputs.values() if isinstance(inputs, dict) else [inputs])}
     if len(sizes) != 1 or 0 in sizes:
         raise DataError(f"{name} has inputs of {sorted(sizes) or 'no'} samples: as many of each, and some, are needed")
@@ -246,8 +251,13 @@ def _as_tensor(array: Any, name: str) -> Tensor:
         array = np.asarray(array)  # such as pandas' frames and columns
         if array.dtype.kind in "OUS":
             raise DataError(f"{name}: text or objects: make numbers of them, and of classes those from 0 on")
+        if min(array.strides, default=0) < 0 or not array.dtype.isnative:  # of which torch makes no tensors
+            array = array.astype(array.dtype.newbyteorder("="), order="C")
     try:
-        tensor = torch.as_tensor(array)
+        with warnings.catch_warnings():
+            # Frames of pandas and mapped files are often read-only, and data are never written.
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            tensor = torch.as_tensor(array)
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"{name}: no array of numbers ({error})") from None
     if tensor.dim() == 0:

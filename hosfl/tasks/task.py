@@ -191,8 +191,8 @@ class Task:
             if isinstance(model, nn.Module):
                 _check_has_weights(model)
             if isinstance(model, SplitModel):
-                if at:
-                    raise ValueError(f"the task's model is cut already: leave out at = {at!r}")
+                if at or self.at is not None:
+                    raise ValueError(f"the task's model is cut already: leave out at = {at or self.at!r}")
                 return _untie(model)
             if not isinstance(model, nn.Module):
                 raise TaskError(f"the task's model is a {type(model).__name__}: a module or two halves are needed")
