@@ -1059,6 +1059,11 @@ LATER = {
     ),
     "a server half of no weights": ({"model": (nn.Linear(4, 2), nn.Tanh()), "at": None}, ValueError, "no parameters"),
     "an optimizer that is none": ({"optimizer": lambda half, decay: None}, TypeError, "optimizer is a NoneType"),
+    "an optimizer that needs a closure": (
+        {"optimizer": lambda half, decay: torch.optim.LBFGS(half.parameters())},
+        TypeError,
+        "the task's optimizer LBFGS evaluates the loss several times a step",
+    ),
     "an optimizer of another model": (
         {"optimizer": lambda half, decay: torch.optim.SGD(net().parameters())},
         ValueError,

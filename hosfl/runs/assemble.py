@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,12 @@ def _optimizer(task: Task, half: nn.Module, decay: float) -> torch.optim.Optimiz
     optimizer = task.optimizer(half, decay)
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TaskError(f"the task's optimizer is a {type(optimizer).__name__}: a torch.optim.Optimizer is needed")
+    closure = signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is Parameter.empty:
+        raise TaskError(
+            f"the task's optimizer {type(optimizer).__name__} evaluates the loss several times a step, and the server"
+            " has one gradient: take another, such as SGD or AdamW"
+        )
     trained = {parameter for parameter in half.parameters() if parameter.requires_grad}
     if not any(parameter in trained for group in optimizer.param_groups for parameter in group["params"]):
         raise ValueError(
