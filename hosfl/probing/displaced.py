@@ -99,11 +99,13 @@ class Displacement:
         tensor = None if reference is None else reference()
         if tensor is None:
             group = self._groups.get(id(parameter), [parameter])
-            # Frees the last one before the next one is made.
-            self._last, self._last_group = None, self._last_group if len(group) == 1 else []
+            self._last = None  # freed before the next one is made, and so is the last group
+            if len(group) > 1:
+                self._last_group = []
             made = self._make(group)
+            if len(group) > 1:
+                self._last_group = made
             self._existing |= {id(p): ref(t) for p, t in zip(group, made, strict=True)}
-            self._last_group = made if len(group) > 1 else self._last_group
             tensor = next(t for p, t in zip(group, made, strict=True) if p is parameter)
         self._last = tensor
         return tensor
