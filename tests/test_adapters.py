@@ -425,9 +425,11 @@ def test_a_task_of_one_s_own_brings_its_samples():
         train(own(public=torch.randn(9, 5)), trains="act:3", **SMALL)
     with pytest.raises(ValueError, match="0: rank 3 is too large for the public samples: its inputs have 2 directions"):
         train(own(public=torch.randn(2, 6)), trains="act:3", **SMALL)
-    for wrong in ({"a": torch.ones(2, 3), "b": torch.ones(3)}, torch.ones(0, 6), {}):
+    for wrong in ({"a": torch.ones(2, 3), "b": torch.ones(3)}, torch.ones(0, 6)):
         with pytest.raises(ValueError, match="public has inputs of"):
             own(public=wrong)
+    with pytest.raises(ValueError, match="public has no inputs: give the arguments"):
+        own(public={})
     with pytest.raises(ValueError, match="public: no array of numbers"):
         own(public="texts")
     assert replace(own(public=public), rates={"ho": (1.0, 1.0)}).public.shape == (50, 6)
