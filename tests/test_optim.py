@@ -21,13 +21,14 @@ import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
-from torch import nn
+from torch import distributed, nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.nn.utils import parametrizations, parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -1610,6 +1611,26 @@ def test_a_compiled_model_or_step_is_not_compiled_again(case, whole_step):
     assert case == "drifting" or same(run.weights, eager.weights)
 
 
+@pytest.mark.parametrize("settings", [{}, {"momentum": 0.5}], ids=["in place", "read only"])
+def test_weights_that_are_computed_of_others_are_computed_anew_at_every_evaluation(settings):
+    """Within `parametrize.cached()`, too, which keeps them otherwise."""
+
+    def normed(model):
+        parametrizations.weight_norm(model[0])
+        return model.named_parameters()
+
+    runs = []
+    for cached in (parametrize.cached, contextlib.nullcontext):
+        run = Run(params=normed, **settings)
+        run.optimizer.model = run.model
+        with cached():
+            run.go(2)
+            after = run.loss()
+        runs.append(run)
+        assert torch.equal(after, run.loss())
+    assert same(*(run.weights for run in runs))
+
+
 def test_autocast_sees_the_weights_as_they_are():
     run, outer = Run(), Run()
     x = torch.randn(16, 3)
@@ -1723,6 +1744,13 @@ def test_another_base_is_refused_and_not_changed(logged):
         with pytest.raises(LogError, match=message):
             rebuild(model, path)
         assert same(before, list(model.parameters()))
+
+
+def test_parameters_without_names_in_another_order_are_told_what_is_missing(tmp_path):
+    run = Run(params=lambda m: list(m.parameters())[::-1]).go(1)
+    run.optimizer.log.save(tmp_path / "log")
+    with pytest.raises(LogError, match=r"number 0, '0\.weight', is .* Without names .* given `model.parameters\(\)`"):
+        rebuild(run.base, tmp_path / "log")
 
 
 def test_names_are_followed_and_checked(tmp_path):
@@ -1858,6 +1886,7 @@ def test_a_log_may_be_saved_through_a_link(logged):
         ({"params": lambda m: []}, "empty"),
         ({"directions": 1.0}, "directions must be an integer"),
         ({"directions": True}, "directions must be an integer"),
+        ({"two_sided": "no"}, "two_sided must be True or False, got 'no'"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
@@ -1882,10 +1911,21 @@ def test_what_is_no_number_is_refused_by_name(name, value):
 
 def test_numbers_of_numpy_s_and_tensors_are_numbers():
     settings = {"mu": np.float32(2.0**-10), "directions": np.int64(2), "pool": np.int32(4), "momentum": torch.zeros(())}
+    settings["two_sided"] = np.bool_(True)
     run, other = Run(lr=torch.tensor(0.02), **settings).go(2), Run(mu=2.0**-10, directions=2, pool=4)
     other.optimizer.param_groups[0]["lr"] = float(torch.tensor(0.02))
     assert same(run.weights, other.go(2).weights)
     assert type(run.optimizer.state_dict()["param_groups"][0]["run"]["directions"]) is int
+
+
+def test_a_schedule_may_compute_with_numpy_and_its_state_is_loaded_as_weights_are():
+    run, file = Run(), io.BytesIO()
+    torch.optim.lr_scheduler.LambdaLR(run.optimizer, lambda step: np.cos(step))
+    run.optimizer.param_groups[0]["lr"] = np.float64(0.5)
+    torch.save(run.optimizer.state_dict(), file)
+    file.seek(0)
+    assert torch.load(file, weights_only=True)["param_groups"][0]["lr"] == 0.5
+    assert type(run.optimizer.param_groups[0]["lr"]) is np.float64  # only the state is converted
 
 
 def test_derivatives_beyond_float64_do_not_stop_all_later_steps():
@@ -1911,6 +1951,77 @@ def test_a_closure_that_changes_settings_changes_the_next_step(tmp_path):
     run.optimizer.log.save(tmp_path / "log")
     rebuild(run.base, tmp_path / "log")
     assert same(list(run.base.parameters()), other.weights)
+
+
+@pytest.mark.parametrize("case", ["plain", "momentum"])
+def test_a_closure_that_steps_its_own_optimizer_is_refused_and_changes_nothing(case):
+    run, state = Run(case).go(1), Run(case).optimizer.state_dict()
+    before = run.weights
+    for nested in (
+        lambda: run.optimizer.step(run.loss),
+        lambda: run.optimizer.measure(run.loss),
+        lambda: run.optimizer.load_state_dict(state),
+    ):
+        for method in (run.optimizer.step, run.optimizer.measure):
+            with pytest.raises(RuntimeError, match="the closure calls `step`, `measure` or `load_state_dict`"):
+                method(lambda nested=nested: nested() or run.loss())
+            assert same(run.weights, before)
+            assert run.optimizer.steps == 1
+    assert same(run.go(1, first=1).weights, Run(case).go(2).weights)
+
+
+@pytest.mark.parametrize("case", ["plain", "momentum"])
+@pytest.mark.filterwarnings("ignore:the log of this run cannot be saved")
+def test_settings_of_all_groups_that_change_within_a_step_are_the_next_one_s(case):
+    """Within its closure, or between `measure` and `step`: a step goes along the directions that were measured."""
+    whole = Run(case).go(2)
+
+    def change(optimizer):
+        optimizer.seed, optimizer.directions, optimizer.pool, optimizer.two_sided = 5, 4, 9, False
+
+    def closure():
+        change(within.optimizer)
+        return within.loss(1)
+
+    within, between = Run(case).go(1), Run(case).go(1)
+    within.optimizer.step(closure)
+    between.optimizer.measure(lambda: between.loss(1))
+    change(between.optimizer)
+    between.optimizer.step()
+    assert same(within.weights, whole.weights)
+    assert same(between.weights, whole.weights)
+    assert same(within.go(1, first=2).weights, between.go(1, first=2).weights)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"directions": 0}, "directions must be an integer"),
+        ({"directions": 3, "pool": 2}, "pool must be"),
+        ({"two_sided": "no"}, "two_sided must be True or False"),
+        ({"dist": "uniform"}, "dist must be"),
+        ({"seed": -1}, "seed must be"),
+    ],
+)
+def test_settings_of_all_groups_are_checked_in_every_step(change, message):
+    run = Run().go(1)
+    before = run.weights
+    for name, value in change.items():
+        setattr(run.optimizer, name, value)
+    with pytest.raises(ValueError, match=message):
+        run.go(1)
+    assert same(run.weights, before)
+
+
+def test_a_model_and_a_group_of_another_kind_are_refused():
+    for settings, message in (
+        ({"model": lambda x: x}, r"model must be a torch\.nn\.Module, got function"),
+        ({"process_group": distributed.GroupMember.NON_GROUP_MEMBER}, "a group that this process is in"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            ZOSGD(nn.Linear(1, 1).parameters(), 0.1, **settings)
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got OrderedDict"):
+        rebuild(nn.Linear(1, 1).state_dict(), "log")
 
 
 def test_parameters_without_a_shape_yet_are_named():
@@ -2199,6 +2310,20 @@ def test_a_state_that_is_made_otherwise_is_refused_and_changes_nothing(change, m
     with pytest.raises(ValueError, match=f"no state of a ZONormalizedSGD: .*{message}"):
         other.optimizer.load_state_dict(saved)
     assert str(other.optimizer.state_dict()) == before
+
+
+def test_a_state_of_the_same_parameters_in_another_order_is_refused():
+    def optimizer(names):
+        return ZOSGD([(name, parameters[name]) for name in names], 0.1, momentum=0.5)
+
+    parameters = {name: nn.Parameter(torch.ones(2)) for name in "abc"}
+    saved = optimizer("abc").state_dict()
+    other = optimizer("acb")
+    with pytest.raises(ValueError, match="in another order: number 1 is 'c' here, and 'b' in it"):
+        other.load_state_dict(saved)
+    with pytest.raises(ValueError, match="no state of a ZOSGD: it is a NoneType"):
+        other.load_state_dict(None)
+    optimizer("abc").load_state_dict(saved)
 
 
 def test_a_resumed_run_s_log_has_the_names_of_its_own_parameters(tmp_path):

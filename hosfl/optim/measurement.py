@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from hosfl.optim.groups import versions
 from hosfl.optim.moved import InPlace, ReadOnly
 from hosfl.optim.sharded import resharded
+from hosfl.optim.terms import Terms
 from hosfl.probing.conditions import Closure
 from hosfl.probing.displaced import no_autocast_cache
 
@@ -25,8 +27,12 @@ WATCHED_STEPS = 10  # steps whose differences are checked for being all 0
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a step needs of its evaluations. derivatives: v_p, by the numbers of the parameters that moved together."""
+    """What a step needs of its evaluations.
 
+    terms: of the directions. derivatives: v_p, by the numbers of the parameters that moved together.
+    """
+
+    terms: Terms
     loss: Tensor
     derivatives: dict[tuple[int, ...], list[float]]
 
@@ -56,6 +62,7 @@ def losses_at(
     losses, half_precision = [], False
     for seed, sign in places:
         with weights.at(seed, sign), resharded(model), no_autocast_cache():
+            drop_cached_weights()
             before = versions(weights.groups)
             answer = _without_graph(partial(evaluate, closure))
             losses.append(_scalar(answer))
@@ -64,6 +71,12 @@ def losses_at(
                 weights.written = True
                 raise RuntimeError("the closure writes the weights: it is only to evaluate them")
     return torch.stack(losses), half_precision
+
+
+def drop_cached_weights() -> None:
+    """Clear what torch has computed from weights and kept: the cache of autocast, and that of parametrize.cached()."""
+    torch.clear_autocast_cache()
+    parametrize._cache.clear()
 
 
 def _without_graph(evaluate: Closure) -> Any:

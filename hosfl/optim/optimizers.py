@@ -37,6 +37,7 @@ from hosfl.optim.log import RunLog
 from hosfl.optim.measurement import (
     Flatness,
     Measurement,
+    drop_cached_weights,
     evaluation_points,
     loss_and_differences,
     losses_at,
@@ -110,21 +111,19 @@ class ZOSGD(torch.optim.Optimizer):
         model: nn.Module | None = None,
         process_group: distributed.ProcessGroup | None = None,
     ) -> None:
-        directions, pool = (int(n) if isinstance(n, np.integer) else n for n in (directions, pool))
-        if isinstance(directions, bool) or not isinstance(directions, int) or directions < 1:
-            raise ValueError(f"directions must be an integer, 1 or more, got {directions!r}")
-        if isinstance(pool, bool) or not isinstance(pool, int) or 0 != pool < directions:
-            raise ValueError(f"pool must be 0, or at least the {directions} directions of a step, got {pool!r}")
-        if dist not in ("rademacher", "gaussian"):
-            raise ValueError(f"dist must be rademacher or gaussian, got {dist!r}")
+        if not isinstance(model, (nn.Module, type(None))):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if process_group is not None and not (
+            distributed.is_available() and isinstance(process_group, distributed.ProcessGroup)
+        ):
+            raise TypeError(f"process_group must be a group that this process is in, got {process_group!r}")
         self._drawn, self._seed_agreed = seed is None, False  # and whether all processes have the same
-        seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_()) if seed is None else seed
-        derive(seed, 0, 0)  # raises what is wrong with it
-        self.seed = int(seed)  # numpy's integers are no JSON, which logs are of
-        self.directions, self.pool = directions, pool
-        self.two_sided, self.dist = bool(two_sided), dist
+        self.seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_()) if seed is None else seed
+        self.directions, self.pool, self.two_sided, self.dist = directions, pool, two_sided, dist
+        self._check_terms()
         self.model, self.process_group = model, process_group
         self.steps = 0
+        self._in_step = False
         self._lattices = Lattices({}, exact=False)
         self._flatness = Flatness()
         self._warned_refusal = ""  # why the log cannot be saved, once a warning has said so
@@ -182,6 +181,22 @@ class ZOSGD(torch.optim.Optimizer):
             raise ValueError(f"{name} is twice in one group: pass tied parameters once")
         check_model(self._parameters())
 
+    def _check_terms(self) -> None:
+        """Check what is the same for all groups. Integers and booleans of numpy, which are no JSON, become Python's."""
+        for name in ("seed", "directions", "pool", "two_sided"):
+            value = getattr(self, name)
+            setattr(self, name, value.item() if isinstance(value, (np.integer, np.bool_)) else value)
+        derive(self.seed, 0, 0)  # raises what is wrong with it
+        directions, pool = self.directions, self.pool
+        if isinstance(directions, bool) or not isinstance(directions, int) or directions < 1:
+            raise ValueError(f"directions must be an integer, 1 or more, got {directions!r}")
+        if isinstance(pool, bool) or not isinstance(pool, int) or 0 != pool < directions:
+            raise ValueError(f"pool must be 0, or at least the {directions} directions of a step, got {pool!r}")
+        if not isinstance(self.two_sided, bool):
+            raise ValueError(f"two_sided must be True or False, got {self.two_sided!r}")
+        if self.dist not in ("rademacher", "gaussian"):
+            raise ValueError(f"dist must be rademacher or gaussian, got {self.dist!r}")
+
     def _check_settings(self, settings: dict[str, Any]) -> None:
         for name in ("lr", "mu", "weight_decay"):
             value = number(settings[name], name)
@@ -227,7 +242,7 @@ class ZOSGD(torch.optim.Optimizer):
                 measurement = self._measure(closure, weights, evaluations)
             estimates, kept = self._estimates(weights.groups, measurement)
             with uninterrupted():
-                self._update(weights, estimates)
+                self._update(weights, estimates, measurement.terms)
                 for settings, state in kept:
                     settings.update(state)
                 self.steps += 1
@@ -261,22 +276,34 @@ class ZOSGD(torch.optim.Optimizer):
     @contextmanager
     def _weights(self) -> Iterator[InPlace | ReadOnly]:
         """The weights that this step moves; on exit they are restored if the step was not made."""
+        self._refuse_in_step()
+        self._check_terms()
         self._agree_on_seed()
         groups = self._prepare()
         weights: InPlace | ReadOnly = InPlace(groups, self.dist)
         if not self._lattices.exact and self.model is not None:
             weights = ReadOnly(groups, self.dist, self.model)
         try:
+            self._in_step = True
             try:
                 yield weights
             finally:
+                self._in_step = False
                 weights.restore()
         finally:
-            weights.restore()  # again, since Ctrl-C may have come as the first call began
+            self._in_step = False  # both again, since Ctrl-C may have come as the first began
+            weights.restore()
             self._lattices.mark_versions(groups)
             if weights.written:
                 self._layout = None
-            torch.clear_autocast_cache()
+            drop_cached_weights()
+
+    def _refuse_in_step(self) -> None:
+        if self._in_step:
+            raise RuntimeError(
+                "the closure calls `step`, `measure` or `load_state_dict` of the optimizer whose step it is evaluated "
+                "for: it is only to evaluate the loss"
+            )
 
     def _agree_on_seed(self) -> None:
         """Before the first step, agree on one seed where several processes have each drawn their own."""
@@ -327,19 +354,20 @@ class ZOSGD(torch.optim.Optimizer):
         return groups
 
     def _measure(self, closure: Closure | None, weights: InPlace | ReadOnly, evaluations: Evaluations) -> Measurement:
-        places = evaluation_points(self._terms().seeds(self.steps), self.two_sided, moving=bool(weights.groups))
+        terms, two_sided = self._terms(), self.two_sided  # a closure may change them for the next step
+        places = evaluation_points(terms.seeds(self.steps), two_sided, moving=bool(weights.groups))
         losses, half_precision = losses_at(places, weights, closure, evaluations, self.model)
         if is_distributed():
             losses = averaged(losses, self._parameters().device(), self.process_group)
-        loss, differences = loss_and_differences(losses, self.two_sided, first=self.steps == 0)
+        loss, differences = loss_and_differences(losses, two_sided, first=self.steps == 0)
         if differences:
             self._flatness.update(differences, half_precision)
         derivatives = {tuple(group.numbers): [d / group.mu for d in differences] for group in weights.groups}
-        return Measurement(loss, derivatives)
+        return Measurement(terms, loss, derivatives)
 
     def _estimate(self, group: Group, derivatives: list[float]) -> tuple[list[float], dict[str, float]]:
         """The gradient's coefficients on the directions, and the group's new state if the step is made."""
-        return [v / self.directions for v in derivatives], {}
+        return [v / len(derivatives) for v in derivatives], {}
 
     def _estimates(
         self, groups: list[Group], measurement: Measurement
@@ -363,10 +391,10 @@ class ZOSGD(torch.optim.Optimizer):
             estimates.append([c * (mu / group.mu) for c in estimate])
         return estimates, kept
 
-    def _update(self, weights: InPlace | ReadOnly, estimates: list[list[float]]) -> None:
-        """Restore the weights and make the step, of all groups or of none."""
+    def _update(self, weights: InPlace | ReadOnly, estimates: list[list[float]], terms: Terms) -> None:
+        """Restore the weights and make the step, of all groups or of none. terms: those it was measured with."""
         check_reach(weights.groups, estimates)
-        terms, exact = self._terms(), self._lattices.exact
+        exact = self._lattices.exact
         if exact:
             assert isinstance(weights, InPlace)
             rows = lattice_step(weights, estimates, self._lattices, terms, self.steps, self.log, self.process_group)
@@ -414,6 +442,7 @@ class ZOSGD(torch.optim.Optimizer):
             self._lattices = Lattices(own.pop("_quanta"), own.pop("_on_lattice"))
         super().__setstate__(own)
         self._flatness, self._warned_refusal, self._seed_agreed = Flatness(), "", False
+        self._in_step = False
         self._invalidate()
 
     def state_dict(self) -> dict[str, Any]:
@@ -434,7 +463,9 @@ class ZOSGD(torch.optim.Optimizer):
         return state
 
     def _add_run(self, state: dict[str, Any]) -> None:
-        """Add to a state what torch's has not."""
+        """Add to a state what torch's has not. Numbers of numpy, as of some schedules, become ones that torch loads."""
+        for group in state["param_groups"]:
+            group |= {name: value.item() for name, value in group.items() if isinstance(value, np.generic)}
         kept = {name: getattr(self, name) for name in self.kept}
         parameters = [p for _, p in self._parameters().named()]
         state["param_groups"][0]["run"] = run_state(type(self).__name__, kept, parameters, self._lattices.quanta)
@@ -445,6 +476,9 @@ class ZOSGD(torch.optim.Optimizer):
         Raises: ValueError for what is no state, or that of another optimizer or of other parameters. Nothing is
         changed then.
         """
+        self._refuse_in_step()
+        if not isinstance(state_dict, Mapping):
+            raise ValueError(f"this is no state of a {type(self).__name__}: it is a {type(state_dict).__name__}")
         found: list[Saved] = []
 
         def check(_: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
@@ -523,5 +557,5 @@ class ZONormalizedSGD(ZOSGD):
                 "loss down, or raise mu"
             )
         length = running.update(square)
-        estimate = [v / length / self.directions for v in derivatives]
+        estimate = [v / length / len(derivatives) for v in derivatives]
         return estimate, {"square": running.mean, "square_weight": running.weight}

@@ -43,7 +43,10 @@ def rebuild(model: nn.Module, path: str | os.PathLike[str]) -> None:
         LogError: the log is damaged, or no run can have written it; the parameters' names, shapes, dtypes or bits are
             not those of the base; or somebody else wrote the weights during the run.
         OSError: the file cannot be read.
+        TypeError: the model is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     path = Path(path)
     try:
         header, tables = read(path)
@@ -72,12 +75,13 @@ def _matched(model: nn.Module, header: Header) -> list[Tensor]:
         found = named.get(name) if name else None
         if not name and number < len(positions):
             what, found = f"number {number}, {positions[number][0]!r},", positions[number][1]
+        advice = "" if name else ". Without names the optimizer must have been given `model.parameters()`, all of them"
         if found is None:
-            raise LogError(f"the model has no parameter {what}, which the log has")
+            raise LogError(f"the model has no parameter {what}, which the log has{advice}")
         if dtype_and_shape(found) != (parameter.dtype, parameter.shape):
             raise LogError(
                 f"{what} is {found.dtype} {list(found.shape)} in the model, {parameter.dtype} {parameter.shape} in the "
-                "log"
+                f"log{advice}"
             )
         parameters.append(found)
     if len({id(p) for p in parameters}) < len(parameters):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import reprlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hosfl.optim.groups import Parameters
+from hosfl.optim.groups import Parameters, without_prefix
 from hosfl.optim.terms import LARGEST_STEP, check_terms, zeros
 from hosfl.protocol.header import check_choice, check_integer, check_keys, check_quantum
 
@@ -58,6 +59,7 @@ def read_state(
         saved = [_checked_moment(state_dict["state"], i) for group in groups for i in group["params"]]
     except (TypeError, ValueError) as error:
         raise ValueError(f"this is no state of a {optimizer}: {error}") from None
+    _check_order(given, groups)
     _check_shapes(given, run["shapes"], saved)
     # torch's copies have the parameters' dtypes; moments are float32.
     pairs = zip(named, saved, strict=False)  # torch counts them
@@ -107,6 +109,19 @@ def _checked_run(run: Any, optimizer: str, kept: Sequence[str], parameters: int)
             n = check_integer(number, "the number of a parameter", 0, last)
             run["quanta"][n] = check_quantum(quantum, f"the quantum of parameter {n}")
     return run
+
+
+def _check_order(given: Parameters, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ValueError for the same names in another order. Other names are no error, as in torch's optimizers."""
+    own = [name for name, _ in given.named() if name]
+    names = [name for group in groups for name in group.get("param_names") or ()]
+    saved = [without_prefix(name) for name in names if isinstance(name, str)]
+    if saved != own and Counter(saved) == Counter(own):
+        number = next(n for n, (a, b) in enumerate(zip(saved, own, strict=True)) if a != b)
+        raise ValueError(
+            f"this is no state of these parameters, but of them in another order: number {number} is {own[number]!r} "
+            f"here, and {saved[number]!r} in it. Noise and momentum belong to the numbers"
+        )
 
 
 def _check_shapes(given: Parameters, shapes: list[list[int]] | None, saved: list[dict[str, Any]]) -> None:
