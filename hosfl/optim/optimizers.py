@@ -228,8 +228,8 @@ class ZOSGD(torch.optim.Optimizer):
             TypeError: there is no closure, or what it returns is no number.
             FloatingPointError: losses are infinite or NaN, or the step is too long for float32.
             ValueError: no parameter requires grad, or one cannot move by mu.
-            RuntimeError: the closure writes the weights, or reads none of those that move. Moved weights that are only
-                read are copies: what it writes there is forgotten.
+            RuntimeError: the closure writes the weights, or reads none of those that move, or takes a step of its own
+                optimizer. Moved weights that are only read are copies: what it writes there is forgotten.
         """
         measurement, self._measurement = self._measurement, None
         if closure is None and measurement is None and not any(float(group["lr"]) for group in self.param_groups):
@@ -473,8 +473,8 @@ class ZOSGD(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a saved state; the weights are the model's to load, before or after. The log starts anew.
 
-        Raises: ValueError for what is no state, or that of another optimizer or of other parameters. Nothing is
-        changed then.
+        Raises: ValueError for what is no state, or that of another optimizer or of other parameters, or of these in
+        another order, if they have names; RuntimeError within a closure. Nothing is changed then.
         """
         self._refuse_in_step()
         if not isinstance(state_dict, Mapping):
