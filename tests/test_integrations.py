@@ -116,6 +116,18 @@ def test_the_trainer_takes_the_steps_of_a_plain_loop(tmp_path, causal, accumulat
     assert len({len(b["input_ids"]) for b in trainer.batches}) == 2
 
 
+def test_a_model_that_the_trainer_compiles_is_the_optimizer_s(tmp_path):
+    """Given the one within, a graph would be compiled for every evaluation that reads moved weights of it."""
+    model = language_model()
+    optimizer = ZOSGD(model.named_parameters(), 0.01, seed=5, model=model, momentum=0.5)
+    settings = {"torch_compile": True, "torch_compile_backend": "eager", "max_steps": 1}
+    trainer = trainer_of(model, tmp_path, optimizer, causal=True, **settings)
+    with torch.compiler.set_stance("force_eager"):  # compiling takes seconds
+        trainer.train()
+    assert optimizer.model is trainer.model_wrapped is not model
+    assert optimizer.log.parameters[0][0] == "model.embed_tokens.weight"
+
+
 def test_an_interrupted_trainer_begins_anew_with_the_next_step_s_batches(tmp_path):
     trainer = trainer_of(classifier(), tmp_path, gradient_accumulation_steps=2)
     prepare, seen = trainer._prepare_inputs, []

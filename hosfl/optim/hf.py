@@ -22,8 +22,9 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
     a `loss_is_scaled_for_ga` that is set decides. The model is in train mode, and all evaluations of a step have the
     same dropout. The logged loss is the step's; grad_norm is always 0, and max_grad_norm without effect. Learning rates
     come from the scheduler and the optimizer's groups, not from the arguments' `learning_rate`. bf16 is autocast as
-    usual. A run that is resumed from a checkpoint holds the bits of one that was not interrupted. Across processes
-    losses are averaged, as `process_group` of `ZOSGD` says.
+    usual. With torch_compile the optimizer's `model` becomes the compiled one. A run that is resumed from a checkpoint
+    holds the bits of one that was not interrupted. Across processes losses are averaged, as `process_group` of `ZOSGD`
+    says.
 
     Raises in the first step: TypeError where the optimizer is none of `hosfl.optim`, or is wrapped by DeepSpeed;
     ValueError for fp16=True, which scales gradients.
@@ -42,6 +43,8 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
             raise TypeError(f"ZOTrainer takes optimizers=(ZOSGD(...), None), got {type(optimizer).__name__}")
         if self.accelerator.scaler is not None:
             raise ValueError("fp16=True scales gradients, and there are none: use bf16=True, or neither")
+        if optimizer.model is not None and getattr(model, "_orig_mod", None) is optimizer.model:
+            optimizer.model = model  # the Trainer has compiled it: see `model` of `ZOSGD`
         batches = (*self._micro_batches, self._prepare_inputs(inputs))
         if not self.accelerator.sync_gradients:
             self._micro_batches = batches

@@ -25,6 +25,8 @@ from hosfl_kernels import replay_
 def rebuild(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Train a base model again from a log, in place: the weights that the run had at `log.save`, to the bit.
 
+    Parameters only: buffers, such as running statistics, are not in the log.
+
         model = make_model()  # the base, with the weights that the run began with
         hosfl.optim.rebuild(model, "run.safetensors")
 
