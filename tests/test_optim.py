@@ -622,6 +622,37 @@ def test_a_loop_with_dropout_learns_as_in_eval_mode():
     assert start - dropped > 0.9 * (start - still)
 
 
+@pytest.mark.parametrize("settings", [{}, {"momentum": 0.5}, {"momentum": 0.5, "two_sided": False}], ids=str)
+@pytest.mark.parametrize("had_gradients", [False, True])
+def test_a_closure_that_turns_gradients_on_and_computes_those_of_the_weights_is_refused(settings, had_gradients):
+    """As Lightning's automatic optimisation does."""
+
+    def closure(drops=False):
+        if drops:
+            run.optimizer.zero_grad()
+        with torch.enable_grad():
+            loss = run.loss()
+            loss.backward()
+        return loss.detach()
+
+    def with_gradients_of_inputs():
+        with torch.enable_grad():
+            x = torch.ones(4, 3, requires_grad=True)
+            return torch.autograd.grad(run.model(x).sum(), x)[0].square().sum()
+
+    run = Run(**settings)
+    run.optimizer.model = run.model
+    run.optimizer.step(with_gradients_of_inputs)  # no gradient of a weight
+    if had_gradients:
+        run.loss().backward()
+    before = run.weights
+    for drops in (False, True):
+        with pytest.raises(RuntimeError, match=r"calls backward\(\).*automatic_optimization = False"):
+            run.optimizer.step(lambda drops=drops: closure(drops))
+    assert same(run.weights, before)
+    run.go(1)
+
+
 def test_a_closure_that_calls_backward_is_told_so():
     run = Run().go(1)
     before = run.weights

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from hosfl.optim.groups import versions
-from hosfl.optim.moved import InPlace, ReadOnly
+from hosfl.optim.moved import CALLS_BACKWARD, InPlace, ReadOnly
 from hosfl.optim.sharded import resharded
 from hosfl.optim.terms import Terms
 from hosfl.probing.conditions import Closure
@@ -84,10 +84,7 @@ def _without_graph(evaluate: Closure) -> Any:
         return evaluate()
     except RuntimeError as error:
         if "does not require grad and does not have a grad_fn" in str(error):  # torch's words
-            raise RuntimeError(
-                "the closure calls backward(), as closures of torch.optim do: leave that and zero_grad() out. It only "
-                "evaluates the loss and returns it; no graph is recorded"
-            ) from error
+            raise RuntimeError(CALLS_BACKWARD) from error
         raise
 
 

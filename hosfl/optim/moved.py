@@ -1,8 +1,8 @@
 """Weights at th + sign * mu * u while a closure is evaluated: moved in place, or read only.
 
 Both classes have `groups`, the weights that move; `at(seed, sign)`, a context in which the closure sees moved weights,
-u being the direction of that seed; `restore()`, after which they are at th; and `written`, whether a closure has
-written them.
+u being the direction of that seed, and which raises RuntimeError on exit if their gradients were computed; `restore()`,
+after which they are at th; and `written`, whether a closure has written them.
 """
 
 from __future__ import annotations
@@ -17,6 +17,24 @@ from hosfl.interrupts import uninterrupted
 from hosfl.optim.groups import Group
 from hosfl.probing.displaced import Displacement, displaced
 from hosfl_kernels import replay_
+
+CALLS_BACKWARD = (
+    "the closure calls backward(), as closures of torch.optim do: leave that and zero_grad() out (in Lightning: set "
+    "automatic_optimization = False). It only evaluates the loss and returns it; no graph is recorded"
+)
+
+
+def _gradients(groups: Sequence[Group]) -> list[tuple[Tensor | None, int]]:
+    """The gradients of all weights, and the versions of their values."""
+    gradients = [p.grad for group in groups for p in group.parameters]
+    return [(g, 0 if g is None or g.is_inference() else g._version) for g in gradients]
+
+
+def _refuse_new_gradients(groups: Sequence[Group], before: list[tuple[Tensor | None, int]]) -> None:
+    """Raise RuntimeError if any gradient was computed since `before`. That one was dropped is no harm."""
+    for (gradient, version), (old, old_version) in zip(_gradients(groups), before, strict=True):
+        if gradient is not None and (gradient is not old or version != old_version):
+            raise RuntimeError(CALLS_BACKWARD)
 
 
 @dataclass
@@ -69,7 +87,9 @@ class InPlace:
         """Move the weights to this point. They stay there on exit: the next move starts from it."""
         if sign != self.sign or (sign and seed != self.seed):
             self.move(seed, sign)
+        before = _gradients(self.groups)
         yield
+        _refuse_new_gradients(self.groups, before)
 
     def restore(self) -> None:
         """Move the weights back to th."""
@@ -88,6 +108,11 @@ class _GroupDisplacement(Displacement):
     def _scale_of(self, parameter: Tensor) -> float:
         return self.scale * self.mu[id(parameter)]
 
+    def has_gradients(self) -> bool:
+        """Whether gradients were computed of copies that still exist. The last one that was read does."""
+        copies = [copy() for copy in self._existing.values()]
+        return any(copy is not None and copy.grad is not None for copy in copies)
+
 
 @dataclass
 class ReadOnly:
@@ -102,11 +127,15 @@ class ReadOnly:
     def at(self, seed: int, sign: int) -> Iterator[None]:
         """Let the module read moved weights. Raises RuntimeError on exit if it has read none."""
         if not sign:
+            before = _gradients(self.groups)
             yield
+            _refuse_new_gradients(self.groups, before)
             return
         displacement = _GroupDisplacement(self.groups, seed, sign, self.dist)
         with displaced(self.model, displacement):
             yield
+            if displacement.has_gradients():
+                raise RuntimeError(CALLS_BACKWARD)
         if not displacement.read and any(t.numel() for group in self.groups for t in group.tensors):
             raise RuntimeError(
                 "the loss did not depend on the weights that move: the closure read none of them from `model`. It must "

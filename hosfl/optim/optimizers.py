@@ -228,8 +228,9 @@ class ZOSGD(torch.optim.Optimizer):
             TypeError: there is no closure, or what it returns is no number.
             FloatingPointError: losses are infinite or NaN, or the step is too long for float32.
             ValueError: no parameter requires grad, or one cannot move by mu.
-            RuntimeError: the closure writes the weights, or reads none of those that move, or takes a step of its own
-                optimizer. Moved weights that are only read are copies: what it writes there is forgotten.
+            RuntimeError: the closure writes the weights, or computes their gradients, or reads none of those that move,
+                or takes a step of its own optimizer. Moved weights that are only read are copies: what it writes there
+                is forgotten.
         """
         measurement, self._measurement = self._measurement, None
         if closure is None and measurement is None and not any(float(group["lr"]) for group in self.param_groups):
