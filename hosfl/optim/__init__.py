@@ -48,6 +48,7 @@ What else there is to know:
   `rebuild(model, path)` makes the trained weights again from the base model, in one pass. There is no log where
   weights drift, where two parameters have one name, or where during the run parameters were taken away, replaced or
   converted, or seed, directions, pool or dist changed: a step warns of it, and `log.save` raises `LogError`.
+  Where somebody else wrote weights during the run, the log is saved, and `rebuild` refuses it.
 """
 
 from hosfl.optim.log import RunLog
