@@ -102,6 +102,8 @@ def noise(
     """
     for value, end, name in ((n, 2**63, "n"), (stream, 2**32, "stream"), (start, 2**63, "start")):
         validation.check_integer(value, end, name)
+    if start + n > 2**63:
+        raise ValueError(f"start + n must be at most 2^63, got {start} + {n}")
     validation.make_place(1, dist, None, None, None)
     halves = validation.seed_halves(seed, "seed")
     out = np.empty(n, np.float32) if device == "numpy" else _empty_tensor(n, device)
@@ -159,7 +161,7 @@ def perturb_(
     """
     tensors = validation.array_list(tensors)
     place = validation.make_place(len(tensors), dist, factors, streams, starts)
-    validation.check_scale(scale)
+    scale = validation.checked_scale(scale)
     validation.check_rounding(rounding, rounding_seed is not None, "rounding_seed")
     halves = validation.seed_halves(seed, "seed")
     rounding_halves = [] if rounding_seed is None else validation.seed_halves(rounding_seed, "rounding_seed")
@@ -203,7 +205,7 @@ def perturb_rows_(
     (rows,) = validation.array_list([rows], "rows")
     (numbers,) = validation.array_list([numbers], "numbers", changed=False, like=[rows])
     validation.make_place(1, dist, None, None, None)
-    validation.check_scale(scale)
+    scale = validation.checked_scale(scale)
     validation.check_number(factor, "factor")
     validation.check_integer(stream, 2**32, "stream")
     arguments = (rows, numbers, validation.seed_halves(seed, "seed"), scale, dist, factor, stream)
@@ -560,7 +562,7 @@ def _perturb_rows(
     stream: int,
 ) -> None:
     numbers = validation.checked_row_numbers(rows, numbers)
-    validation.checked_factors([factor], 1)
+    validation.check_factor(factor, "factor")
     validation.check_scales([scale], [factor], "scale")
     place = Place.single(dist, factor, stream)
     if sizes([rows])[0]:

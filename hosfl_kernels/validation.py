@@ -7,7 +7,7 @@ reads dtypes, devices and memory of the arrays that a backend gets.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -95,7 +95,8 @@ def check_integer(value: int, end: int, name: str) -> None:
 
 def check_list(values: object, name: str, content: str) -> None:
     """Raise TypeError for a value without length or order. content: what the list must contain, for the message."""
-    if not (hasattr(values, "__len__") and hasattr(values, "__getitem__")):
+    is_list = hasattr(values, "__len__") and hasattr(values, "__getitem__")
+    if not is_list or isinstance(values, (str, bytes, Mapping)):
         raise TypeError(f"{name} must be a list of {content}, got {type(values).__name__}")
 
 
@@ -105,11 +106,16 @@ def check_number(value: object, name: str) -> None:
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
 
 
-def check_scale(scale: float) -> None:
-    """Raise TypeError for a scale that is no number, ValueError if it is not finite in float32."""
+def checked_scale(scale: float) -> float:
+    """Return a scale as Python's float: numpy compares a float16 in float16, where float32's largest is infinite.
+
+    Raises TypeError for what is no number, ValueError for one that is not finite in float32.
+    """
     check_number(scale, "scale")
-    if not -LARGEST_FLOAT32 <= scale <= LARGEST_FLOAT32:
+    number = float(scale)
+    if not -LARGEST_FLOAT32 <= number <= LARGEST_FLOAT32:
         raise ValueError(f"scale must be finite in float32, got {scale}")
+    return number
 
 
 def seed_halves(seed: int, name: str) -> list[int]:
@@ -272,12 +278,18 @@ def real_table(values: Table, name: str, shape: tuple[int, int], numpy: bool) ->
 
 
 def checked_factors(factors: Sequence[float] | None, n: int) -> list[float]:
-    """Return the factors of n tensors, by default 1. Raises ValueError for what is not a power of two."""
+    """Return the factors of n tensors, by default 1. Raises what `check_factor` raises."""
     factors = _list_or_empty(factors) or [1.0] * n
     for t, factor in enumerate(factors):
-        if not (2.0**-100 <= factor <= 2.0**100 and math.frexp(factor)[0] == 0.5):
-            raise ValueError(f"factors[{t}] must be a power of two between 2^-100 and 2^100, got {factor}")
+        check_factor(factor, f"factors[{t}]")
     return factors
+
+
+def check_factor(factor: float, name: str) -> None:
+    """Raise TypeError for what is no number, ValueError for what is not a power of two from 2^-100 to 2^100."""
+    check_number(factor, name)
+    if not (2.0**-100 <= factor <= 2.0**100 and math.frexp(factor)[0] == 0.5):
+        raise ValueError(f"{name} must be a power of two between 2^-100 and 2^100, got {factor}")
 
 
 def check_tensors(tensors: Sequence[Array], starts: Sequence[int] | None = None) -> Layouts:

@@ -39,7 +39,14 @@ TIMM = {
 }
 
 
-@pytest.mark.parametrize("name", [f"torchvision.{n}" for n in TORCHVISION] + [f"timm.{n}" for n in TIMM])
+SLOW = ("mobilenetv2_100", "efficientnet_b0", "densenet121", "resnet18")  # torchvision's are alike
+
+
+@pytest.mark.parametrize(
+    "name",
+    [f"torchvision.{n}" for n in TORCHVISION]
+    + [pytest.param(f"timm.{n}", marks=[pytest.mark.slow] * (n in SLOW)) for n in TIMM],
+)
 def test_models_that_people_put_on_devices(name):
     """In the middle by name, verified; everywhere by structure."""
     torchvision, timm = packages()

@@ -81,7 +81,7 @@ def test_the_numbers_are_those_of_plain_passes(half, estimator, graphs):
 
 def test_batches_of_other_sizes_compile_a_few_times_and_no_more(half, graphs):
     half, _ = half
-    for samples, tokens in ((4, 8), (4, 11), (3, 16), (2, 9), (5, 5), (4, 7)):
+    for samples, tokens in ((4, 8), (4, 11), (3, 16), (2, 9), (5, 5)):
         inputs = {"input_ids": torch.randint(1, 40, (samples, tokens))}
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         with torch.no_grad():

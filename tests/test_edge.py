@@ -230,7 +230,10 @@ def close(one, other, cut, sent, mu):
 
 WIRES = {"float32": "float32", "float16": "float16", "uint16": "bfloat16", "int8": "int8"}
 # Exports of half a minute, of what others have in other combinations.
-LONG = ("texts, int8, backward", "texts, last layer, backward", "texts, bfloat16")
+LONG = (
+    *("texts, backward", "texts, int8, backward", "texts, last layer, backward"),
+    *("texts, bfloat16", "texts, int4", "texts, one of two"),
+)
 
 
 def without_long(ways):
@@ -282,7 +285,7 @@ def test_beside_clients_with_torch(way, tmp_path):
         ("texts, lora", 1, 1),
         ("texts, last layer", 2, 1),
         ("texts, xs", 3, 2),
-        ("texts, one of two", 3, 2),
+        pytest.param("texts, one of two", 3, 2, marks=pytest.mark.slow),
         ("pictures, blocks", 2, 2),
     ],
 )
@@ -413,7 +416,9 @@ def test_statistics_that_are_none(tmp_path):
             endpoint(other_edge(files, **told), 1, tmp_path / "1", str(tmp_path / "own.npz"))
 
 
-@pytest.mark.parametrize(("way", "open_"), [("texts, backward", True), ("texts, lora", False)])
+@pytest.mark.parametrize(
+    ("way", "open_"), [pytest.param("texts, backward", True, marks=pytest.mark.slow), ("texts, lora", False)]
+)
 def test_frozen_weights_are_constants_where_one_graph_has_them(way, open_):
     """Of constants each session has a copy, and computes a little faster."""
     _, _, files = made(way)

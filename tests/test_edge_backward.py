@@ -104,7 +104,8 @@ HALVES = {
 }
 
 
-LONG = ("bert, lora", "bert, lora, int4", "bert, lora, bfloat16")  # exports of half a minute, alike to others
+# Exports of half a minute, alike to others.
+LONG = ("bert", "llama", "bert, lora", "bert, lora, int4", "bert, lora, bfloat16")
 
 
 @pytest.fixture(

@@ -163,6 +163,19 @@ HALVES = {
 }
 
 
+# Exports of many seconds, of what the others have in other combinations.
+LONG = (
+    *("bert", "bert, act", "gpt2, xs", "llama, lora", "mistral", "mixtral"),
+    *("int2, gpt2", "bfloat16, bert", "int8", "bfloat16"),
+    *("one token", "many tokens"),
+    *("val_0", "multiplier", "between"),
+)
+
+
+def without_long(names):
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in names]
+
+
 @cache
 def made(name):
     """A half of HALVES, and its graph, in one piece."""
@@ -219,7 +232,7 @@ def close(cut, wanted, inputs):
     return np.abs(cut - wanted).max() <= 1e-4 * np.abs(wanted).max()
 
 
-@pytest.mark.parametrize("name", HALVES)
+@pytest.mark.parametrize("name", without_long(HALVES))
 def test_a_graph_is_the_half_wherever_its_weights_are(name, tmp_path):
     half, graph = made(name)
     inputs = HALVES[name][1]
@@ -251,7 +264,7 @@ def test_a_graph_is_the_half_wherever_its_weights_are(name, tmp_path):
     assert np.array_equal(run(arrays(sample)), base)
 
 
-@pytest.mark.parametrize("name", [n for n in HALVES if not n.startswith("minilm")])
+@pytest.mark.parametrize("name", without_long(n for n in HALVES if not n.startswith("minilm")))
 def test_each_weight_is_seen_alone(name, tmp_path):
     """Far from the base, where what starts as zero hides nothing behind it."""
     half, graph = made(name)
@@ -271,7 +284,7 @@ def test_each_weight_is_seen_alone(name, tmp_path):
         assert np.array_equal(run(arrays(inputs)), where)
 
 
-@pytest.mark.parametrize("name", HALVES)
+@pytest.mark.parametrize("name", without_long(HALVES))
 def test_a_graph_is_small_and_says_nothing_of_whoever_made_it(name):
     half, graph = made(name)
     weights = sum(p.nbytes for p in half.parameters())
@@ -305,7 +318,7 @@ def cut_up(name):
     return half, export_half(half, HALVES[name][1](), PIECES[name])
 
 
-@pytest.mark.parametrize("name", PIECES)
+@pytest.mark.parametrize("name", without_long(PIECES))
 def test_pieces_are_the_half_wherever_its_weights_are(name, tmp_path):
     half, pieces = cut_up(name)
     assert len(pieces) == len(PIECES[name]) + (PIECES[name][0] != "")
@@ -330,7 +343,7 @@ def test_pieces_are_the_half_wherever_its_weights_are(name, tmp_path):
         run.check(arrays(sample))
 
 
-@pytest.mark.parametrize("name", ["tied", "resnet", "bert, lora", "mixtral"])
+@pytest.mark.parametrize("name", without_long(["tied", "resnet", "bert, lora", "mixtral"]))
 def test_a_weight_that_moves_is_seen_from_its_piece_on(name, tmp_path):
     """And those in front of it do not read it, so that what they made stays right."""
     half, pieces = cut_up(name)
@@ -358,7 +371,7 @@ def weights_of(graph):
     return {w.name: int({e.key: e.value for e in w.external_data}["length"]) for w in found if w.external_data}
 
 
-@pytest.mark.parametrize("name", [name for name in PIECES if name != "tied"])
+@pytest.mark.parametrize("name", without_long(name for name in PIECES if name != "tied"))
 def test_no_weight_is_in_two_pieces(name):
     """So those that are frozen are in memory once."""
     half, pieces = cut_up(name)
@@ -490,19 +503,19 @@ def test_statistics_that_are_others_are_found_out():
         export_statistics(half.eval(), sample)
 
 
-def test_only_what_is_cheap_is_computed_twice():
+@pytest.mark.parametrize("name", without_long(PIECES))
+def test_only_what_is_cheap_is_computed_twice(name):
     """Such as an attention's mask; no matrix product, and no normalisation."""
     costly = {"MatMul", "Gemm", "Conv", "LayerNormalization", "BatchNormalization", "Softmax"}
 
     def counted(graph):
         return sum(node.op_type in costly for node in onnx.load_from_string(graph).graph.node)
 
-    for name in PIECES:
-        assert sum(map(counted, cut_up(name)[1])) == counted(made(name)[1])
+    assert sum(map(counted, cut_up(name)[1])) == counted(made(name)[1])
 
 
 def test_what_the_first_piece_makes_is_all_that_is_kept(tmp_path):
-    half, pieces = cut_up("bert")
+    half, pieces = cut_up("int4, bert")
     run, inputs = Half(written(tmp_path, half, *pieces), moving_of(half), len(pieces), threads=1), arrays(texts())
     cut = run(inputs)
     for piece in range(len(pieces)):
@@ -771,7 +784,7 @@ def test_inputs_that_a_half_does_not_take(name, inputs, said, tmp_path):
         run(inputs)
 
 
-@pytest.mark.parametrize("stored", ["float32", "int8", "int4", "bfloat16"])
+@pytest.mark.parametrize("stored", without_long(["float32", "int8", "int4", "bfloat16"]))
 def test_a_negative_token_is_an_error_as_to_torch(stored, tmp_path):
     """An operator of ONNX would count it from the table's end."""
     half = nn.Sequential(nn.Embedding(20, 6), nn.Linear(6, 4))
@@ -880,7 +893,7 @@ class Calls(nn.Module):
         return self.layer(x) + torch.tanh(self.other(x))
 
 
-@pytest.mark.parametrize("name", ["linear", "cut", "val_0", "multiplier", "between", "add"])
+@pytest.mark.parametrize("name", without_long(["linear", "cut", "val_0", "multiplier", "between", "add"]))
 def test_an_argument_may_be_called_as_something_in_the_graph(name, tmp_path):
     half, sample = Calls(), {name: numbers()}
     run = Half(written(tmp_path, half, *export_half(half, sample)), moving_of(half))
@@ -901,7 +914,7 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("what", SIZES)
+@pytest.mark.parametrize("what", without_long(SIZES))
 def test_a_half_that_looks_at_sizes_is_refused(what):
     """Its graph has one of its ways, and clients send batches of any size."""
     otherwise, max_sizes, said = SIZES[what]

@@ -328,7 +328,14 @@ def test_the_bits_do_not_depend_on_the_shape(name: str, shape: Shape, launched: 
         assert torch.equal(a.cpu().view(torch.uint8), b.view(torch.uint8))
 
 
-@pytest.mark.parametrize("name", [name for name in SHAPES if name.startswith("project")])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * ("float16" in name))
+        for name in SHAPES
+        if name.startswith("project")
+    ],
+)
 def test_projections_differ_by_the_order_of_a_sum(name: str, launched: Any) -> None:
     kind = KERNELS[name][1]
     x, place = torch.linspace(-1, 1, COUNT).to(kind.dtype), Place.single(kind.dist, start=START)

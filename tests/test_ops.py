@@ -669,6 +669,15 @@ def test_parameters_change_in_place():
         (lambda x: hk.perturb_(None, 1, 1.0), TypeError, "tensors must be tensors or numpy arrays, .* got NoneType"),
         (lambda x: hk.perturb_(torch.nn.Linear(2, 2), 1, 1.0), TypeError, "tensors must be tensors .* got Linear"),
         (lambda x: hk.perturb_(x, 1, 1.0, streams=3), TypeError, "streams must be a list of .* per tensor, got int"),
+        (lambda x: hk.noise(3, 1, start=2**63 - 1), ValueError, "start \\+ n must be at most 2\\^63, got"),
+        (lambda x: hk.perturb_(x, 1, 1.0, factors="ab"), TypeError, "factors must be a list .* got str"),
+        (lambda x: hk.snap_(x, factors=["a", 1.0]), TypeError, "factors\\[0\\] must be a number, got str"),
+        (lambda x: hk.replay_(x, [7], {0: 1.0}), TypeError, "coefficients must be a list of numbers, got dict"),
+        (
+            lambda x: hk.perturb_rows_(x[0].view(2, 4), torch.tensor([0, 1]), 1, 1.0, factor=3),
+            ValueError,
+            "^factor must be a power of two",
+        ),
         (lambda x: hk.perturb_(x, 1, 1.0, factors=0.5), TypeError, "factors must be a list .* got float"),
         (
             lambda x: hk.perturb_(x, 1, 1.0, starts=iter([1, 2])),
@@ -778,6 +787,14 @@ def test_a_list_is_remembered_with_its_place():
             hk.perturb_(xs, 1, 0.5, **place)
             hk.perturb_(arrays, 1, 0.5, **place)
         assert all(same(x, torch.from_numpy(array)) for x, array in zip(xs, arrays, strict=True))
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+def test_scales_of_numpy(kind):
+    with np.errstate(all="raise"):
+        for x in (torch.zeros(8), np.zeros(8, np.float32)):
+            hk.perturb_(x, 1, kind(0.5))
+            assert abs(np.asarray(x)).tolist() == [0.5] * 8
 
 
 def test_what_is_remembered_is_bounded():

@@ -147,6 +147,7 @@ def test_an_actor_that_died_between_asks_is_found_out(mortal):
     assert told(mortal, {1: b"one", 2: b"two"}) == {1: b"one", 2: b"two"}
 
 
+@pytest.mark.slow
 def test_an_actor_that_was_restarted_between_asks_is_made_again(mortal):
     os.kill(process(mortal, 1), signal.SIGKILL)
     new = mortal._actors[1].answer.options(max_task_retries=-1)
@@ -154,6 +155,7 @@ def test_an_actor_that_was_restarted_between_asks_is_made_again(mortal):
     assert told(mortal, {1: b"one", 3: b"three"}) == {1: "gone", 3: b"three"}
 
 
+@pytest.mark.slow
 def test_an_actor_may_die_again_while_it_is_made(tmp_path):
     def at_the_third_try():
         (tmp_path / str(len(list(tmp_path.iterdir())))).mkdir()
@@ -215,6 +217,7 @@ def test_what_cannot_start_says_why_and_leaves_nothing():
     assert ray.available_resources().get("CPU", 0) == before
 
 
+@pytest.mark.slow
 def test_a_closed_engine_leaves_a_cluster_that_it_found():
     engine = RayEngine(obedient, 3, actors=9, cpus=0)
     assert len(engine._actors) == 3  # no more actors than clients

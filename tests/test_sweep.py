@@ -135,7 +135,14 @@ def test_other_entries_stay(tmp_path, timed, monkeypatch):
     ]
 
 
-@pytest.mark.parametrize("name", [name for name in KERNELS if name.endswith("rademacher-float32")])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * ("update-sgd" in name or "momentum" in name))
+        for name in KERNELS
+        if name.endswith("rademacher-float32")
+    ],
+)
 def test_other_bits_are_a_failure_and_are_not_timed(name, tmp_path, monkeypatch):
     """One element that a shape leaves otherwise: of weights, a moment or a sum."""
     only(monkeypatch, name)
