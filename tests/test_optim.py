@@ -1363,6 +1363,31 @@ def test_a_loss_that_read_none_of_the_weights_is_an_error(case):
     assert not same(run.weights, before)
 
 
+class Unused(nn.Module):
+    """Of its three layers the loss reads one properly, one by a list, and one not at all."""
+
+    def __init__(self):
+        super().__init__()
+        self.read, self.listed, self.unused = (nn.Linear(3, 3, bias=False) for _ in range(3))
+        self.kept = [self.listed.weight]
+
+    def forward(self, x):
+        return nn.functional.linear(self.read(x), self.kept[0]).square().mean()
+
+
+def test_weights_that_are_not_read_are_named_once():
+    model, x = Unused(), torch.randn(4, 3)
+    read_only = {"model": model, "dist": "gaussian"}
+    optimizer = ZOSGD(model.parameters(), 1e-3, seed=0, **read_only)
+    with pytest.warns(UserWarning, match="did not read parameter 'listed.weight' from `model`, nor 1 others"):
+        optimizer.step(lambda: model(x))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step(lambda: model(x))
+        model.listed.requires_grad_(False), model.unused.requires_grad_(False)
+        ZOSGD(model.parameters(), 1e-3, seed=0, **read_only).step(lambda: model(x))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_parameter_that_was_replaced_is_named(case):
     run = Run(case)

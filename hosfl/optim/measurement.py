@@ -143,6 +143,16 @@ def warn(text: str) -> None:
     warnings.warn(text, stacklevel=level)
 
 
+def warn_of_unread(names: Sequence[str]) -> None:
+    """Warn of weights that move and that the first step's closure did not read from the model. names: theirs."""
+    warn(
+        f"the closure did not read {names[0]} from `model`{f', nor {len(names) - 1} others' if names[1:] else ''}. A "
+        "weight that the loss does not depend on moves at random: freeze it (requires_grad=False). One that the model "
+        "reads by another reference, such as one in a list, or by a view, is not seen to move: take it from its module "
+        "in every forward pass"
+    )
+
+
 def warn_of_accumulation() -> None:
     """Warn of accelerate's gradient accumulation, which passes on the closure of the last micro-batch alone."""
     module = sys.modules.get("accelerate.state")

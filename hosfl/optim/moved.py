@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
@@ -116,12 +116,16 @@ class _GroupDisplacement(Displacement):
 
 @dataclass
 class ReadOnly:
-    """Weights that are never written: within `at` the module reads moved copies, made one layer at a time."""
+    """Weights that are never written: within `at` the module reads moved copies, made one layer at a time.
+
+    unread: the numbers of the weights that were to move, and that the last evaluation did not read.
+    """
 
     groups: list[Group]
     dist: str
     model: nn.Module
     written: bool = False
+    unread: list[int] = field(default_factory=list)
 
     @contextmanager
     def at(self, seed: int, sign: int) -> Iterator[None]:
@@ -136,7 +140,9 @@ class ReadOnly:
             yield
             if displacement.has_gradients():
                 raise RuntimeError(CALLS_BACKWARD)
-        if not displacement.read and any(t.numel() for group in self.groups for t in group.tensors):
+        moved = [(n, t) for group in self.groups for n, t in group.named_tensors() if t.numel()]
+        self.unread = [number for number, tensor in moved if id(tensor) not in displacement.read]
+        if moved and len(self.unread) == len(moved):
             raise RuntimeError(
                 "the loss did not depend on the weights that move: the closure read none of them from `model`. It must "
                 "evaluate that very module, each time anew, and take parameters from it within the closure (a list of "

@@ -43,6 +43,7 @@ from hosfl.optim.measurement import (
     losses_at,
     warn,
     warn_of_accumulation,
+    warn_of_unread,
 )
 from hosfl.optim.moved import InPlace, ReadOnly
 from hosfl.optim.sharded import averaged, common_seed, is_distributed
@@ -75,7 +76,8 @@ class ZOSGD(torch.optim.Optimizer):
         seed: of all noise, 0 <= seed < 2^64. Runs of the same seed, weights and losses are the same run. None: drawn
             from torch's generator, so that `torch.manual_seed` decides; `optimizer.seed` tells it, and the log.
         model: the module that the closure evaluates and that owns `params` (the compiled one, where it is compiled):
-            off the lattice its weights are then read only. Also gives the log the parameters' names.
+            off the lattice its weights are then read only, and the first step warns of those that the loss did not
+            read. Also gives the log the parameters' names.
         process_group: where torch.distributed is initialised, losses are averaged over this group (default: all
             ranks), each rank's for the same, and ranks that began with the same weights keep the same bits. Every rank
             must take every step; where a closure raises on one, the others wait. Pass a group of one to run
@@ -358,6 +360,8 @@ class ZOSGD(torch.optim.Optimizer):
         terms, two_sided = self._terms(), self.two_sided  # a closure may change them for the next step
         places = evaluation_points(terms.seeds(self.steps), two_sided, moving=bool(weights.groups))
         losses, half_precision = losses_at(places, weights, closure, evaluations, self.model)
+        if self.steps == 0 and isinstance(weights, ReadOnly) and weights.unread:
+            warn_of_unread([self._parameters().name(number) for number in weights.unread])
         if is_distributed():
             losses = averaged(losses, self._parameters().device(), self.process_group)
         loss, differences = loss_and_differences(losses, two_sided, first=self.steps == 0)

@@ -29,7 +29,7 @@ SMALL, TOGETHER = 1 << 14, 1 << 16
 class WeightSource(Protocol):
     """Supplies the tensors that a module reads in place of some of its parameters."""
 
-    read: bool  # whether any was read
+    read: set[int]  # the ids of the parameters that were read
 
     def replaces(self, parameter: Tensor | None) -> bool:
         """Whether this parameter is replaced."""
@@ -49,7 +49,7 @@ class WeightCopies:
 
     def __init__(self, parameters: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
         self.copies = {id(p): copy for p, copy in zip(parameters, copies, strict=True)}
-        self.read = False
+        self.read: set[int] = set()
 
     def replaces(self, parameter: Tensor | None) -> bool:
         return id(parameter) in self.copies
@@ -79,7 +79,7 @@ class Displacement:
         factors = [1.0] * len(parameters) if factors is None else factors
         self.seed, self.scale, self.dist = seed, scale, dist
         self.noise = {id(p): (s, f) for p, s, f in zip(parameters, streams, factors, strict=True)}  # (stream, factor)
-        self.read = False
+        self.read: set[int] = set()
         self._groups = _groups_of_small(parameters)
         self._existing: dict[int, ref[Tensor]] = {}  # displaced tensors by the parameter's id
         self._last: Tensor | None = None
@@ -225,14 +225,15 @@ class _ReplacedParameters(UserDict[str, Any]):
         parameter = self.data[name]
         if not self.source.replaces(parameter):
             return parameter
-        self.source.read = True
+        self.source.read.add(id(parameter))
         return self.source.table(parameter) if self.is_table else self.source.whole(parameter)
 
     def make_all(self) -> dict[str, Any]:
         """Return all parameters, with the tensors in place of those that are replaced."""
         source = self.source
-        source.read = True  # assumed: what a compiled graph reads is not known
-        return {name: source.whole(p) if source.replaces(p) else p for name, p in self.data.items()}
+        replaced = {name: p for name, p in self.data.items() if source.replaces(p)}
+        source.read.update(map(id, replaced.values()))  # assumed: what a compiled graph reads is not known
+        return self.data | {name: source.whole(p) for name, p in replaced.items()}
 
 
 def _is_compiled(module: nn.Module) -> bool:
