@@ -1345,3 +1345,20 @@ def test_a_half_that_reads_weights_by_references_of_its_own(settings, taken):
     else:
         with pytest.raises(ValueError, match="reads a weight by a reference of its own"):
             train(own, **quick, **settings)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions have notes from 3.11 on")
+def test_an_item_that_cannot_be_read_is_named():
+    class Broken(TorchDataset):
+        def __len__(self):
+            return 5
+
+        def __getitem__(self, number):
+            if number == 3:
+                raise OSError("truncated")
+            return torch.zeros(2), 0
+
+    items = as_dataset(Broken(), "train")
+    with pytest.raises(OSError, match="truncated") as raised:
+        read(items)
+    assert raised.value.__notes__ == ["while train[3] was read"]

@@ -97,6 +97,10 @@ class Items:
                 f"{self.name}[{number}] cannot be read ({error!r}): items are needed by numbers from 0 to"
                 f" {len(self.source) - 1}"
             ) from error
+        except Exception as error:
+            if hasattr(error, "add_note"):  # from Python 3.11 on
+                error.add_note(f"while {self.name}[{number}] was read")
+            raise
         if isinstance(item, Mapping):
             name = next((name for name in LABEL_NAMES if name in item), None)
             if name is None:
