@@ -392,6 +392,7 @@ def test_rows_are_saved_when_a_benchmark_fails(tmp_path, monkeypatch, capfd):
     assert "bad" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_suites_by_themselves(tmp_path, monkeypatch):
     """As users of pytest-benchmark run them: groups, JSON; a part of them, on little work."""
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)

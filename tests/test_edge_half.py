@@ -167,7 +167,7 @@ HALVES = {
 LONG = (
     *("bert", "bert, act", "gpt2, xs", "llama, lora", "mistral", "mixtral"),
     *("int2, gpt2", "bfloat16, bert", "int8", "bfloat16"),
-    *("one token", "many tokens"),
+    *("one token", "many tokens", "minilm", "int8, minilm"),
     *("val_0", "multiplier", "between"),
 )
 

@@ -129,8 +129,8 @@ def large(message, size=3e38):
     "settings",
     [
         {},
-        {"rule": "sgd"},
-        {"rule": "momentum"},
+        pytest.param({"rule": "sgd"}, marks=pytest.mark.slow),
+        pytest.param({"rule": "momentum"}, marks=pytest.mark.slow),
         {"directions_from": "fresh"},
         {"directions_from": "fresh", "rule": "adamw"},
         {"dist": "gaussian", "rule": "sgd", "client_rate": 5.0},
@@ -197,7 +197,11 @@ def no_norm(liars, **settings):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"server_batch": 64}, {"method": "mu-splitfed", "local_steps": 2, "directions": 2}],
+    [
+        {},
+        pytest.param({"server_batch": 64}, marks=pytest.mark.slow),
+        pytest.param({"method": "mu-splitfed", "local_steps": 2, "directions": 2}, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_one_absurd_cut_costs_a_round_and_not_the_server_half(settings):

@@ -193,6 +193,7 @@ def contained(machine, folder, service, words, log):
     return machine.start("unshare", "-m", "bash", "-ec", "; ".join(script), log=log, cwd="/")
 
 
+@pytest.mark.slow
 def test_the_page_s_compose_file(machines, tmp_path):
     yaml = pytest.importorskip("yaml")
     page = (Path(__file__).parent.parent / "docs" / "federation.md").read_text()
